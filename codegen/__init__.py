@@ -1,0 +1,1 @@
+"""From a block and a target to code."""

@@ -1,0 +1,161 @@
+"""The dynamic-k block: a router and the experts it chooses from."""
+
+import torch
+from torch import Tensor, nn
+
+from . import op
+from .errors import BadWeightsError
+
+
+class Router(nn.Module):
+    """Predict the L2 norm of each expert's output (D2DMoE, section 3.2).
+
+    Linear(d, width) -> ReLU -> Linear(width, E) -> abs, without biases.
+
+    Args:
+        d: Width of the input row.
+        width: Hidden width.
+        experts: Number of experts, E.
+    """
+
+    def __init__(self, d: int, width: int, experts: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(d, width, bias=False)
+        self.up = nn.Linear(width, experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Score the experts: ``[.., d] -> [.., E]``, non-negative."""
+        return self.up(torch.relu(self.down(x))).abs()  # type: ignore[no-any-return]
+
+
+class DynkFFN(nn.Module):
+    """A feed-forward network split into experts, of which each row runs only some.
+
+    Args:
+        w_in: ``[d_ff, d]``, the neurons of an expert adjacent.
+        b_in: ``[d_ff]`` or ``None``.
+        w_gate: ``[d_ff, d]`` for a gated network, else ``None``.
+        b_gate: ``[d_ff]`` or ``None``.
+        w_out: ``[d_ff, d_out]``, neuron-major.
+        b_out: ``[d_out]`` or ``None``.
+        expert_size: Neurons per expert; divides ``d_ff``.
+        act: A key of :data:`skimp.ir.ACTIVATIONS`.
+        router_width: Hidden width of the router.
+        tau: Initial threshold; 0 runs every expert.
+
+    Raises:
+        BadWeightsError: Shapes that do not fit together, or values that are not finite.
+    """
+
+    tau: Tensor
+    w_in: Tensor
+    b_in: Tensor | None
+    w_gate: Tensor | None
+    b_gate: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+
+    def __init__(
+        self,
+        w_in: Tensor,
+        b_in: Tensor | None,
+        w_gate: Tensor | None,
+        b_gate: Tensor | None,
+        w_out: Tensor,
+        b_out: Tensor | None,
+        *,
+        expert_size: int,
+        act: str,
+        router_width: int,
+        tau: float = 0.0,
+    ) -> None:
+        super().__init__()
+        d_ff, d = w_in.shape
+        if d_ff % expert_size:
+            raise BadWeightsError(
+                f"expert_size {expert_size} does not divide d_ff {d_ff}; "
+                f"choose a divisor, for example {_nearest_divisor(d_ff, expert_size)}"
+            )
+        named = dict(w_in=w_in, b_in=b_in, w_gate=w_gate, b_gate=b_gate, w_out=w_out, b_out=b_out)
+        expected = dict(
+            w_in=(d_ff, d),
+            b_in=(d_ff,),
+            w_gate=(d_ff, d),
+            b_gate=(d_ff,),
+            w_out=(d_ff, w_out.shape[-1]),
+            b_out=(w_out.shape[-1],),
+        )
+        for name, value in named.items():
+            if value is None:
+                self.register_parameter(name, None)
+                continue
+            if tuple(value.shape) != expected[name]:
+                raise BadWeightsError(
+                    f"{name} has shape {tuple(value.shape)}, expected {expected[name]}"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise BadWeightsError(
+                    f"{name} holds NaN or infinity; repair the checkpoint before converting it"
+                )
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+        self.expert_size = expert_size
+        self.act = act
+        self.router = Router(d, router_width, d_ff // expert_size)
+        self.register_buffer("tau", torch.tensor(float(tau)))
+
+    @property
+    def d(self) -> int:
+        """Width of the input row."""
+        return int(self.w_in.shape[1])
+
+    @property
+    def d_ff(self) -> int:
+        """Number of hidden neurons."""
+        return int(self.w_in.shape[0])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output row."""
+        return int(self.w_out.shape[1])
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, E."""
+        return self.d_ff // self.expert_size
+
+    @property
+    def gated(self) -> bool:
+        """Whether a second projection gates the hidden neurons."""
+        return self.w_gate is not None
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Hidden activations of every expert, ``[.., d_ff]``."""
+        return op.hidden(x, self.w_in, self.b_in, self.w_gate, self.b_gate, self.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[.., d] -> [.., d_out]`` through the experts that the router selects."""
+        return op.dynk_ffn(  # type: ignore[no-any-return]
+            x,
+            self.router(x),
+            self.tau,
+            self.w_in,
+            self.b_in,
+            self.w_gate,
+            self.b_gate,
+            self.w_out,
+            self.b_out,
+            self.expert_size,
+            self.act,
+        )
+
+    def extra_repr(self) -> str:
+        """One typed line, the same words as the text form."""
+        kind = "gated " if self.gated else ""
+        return (
+            f"{kind}{self.act}, d={self.d}, d_ff={self.d_ff}, d_out={self.d_out}, "
+            f"experts={self.experts}x{self.expert_size}, router={self.router.down.out_features}"
+        )
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((k for k in range(1, n + 1) if n % k == 0), key=lambda k: abs(k - wanted))

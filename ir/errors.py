@@ -1,0 +1,29 @@
+"""Every error a user can meet. Each says what happened, where, and what to do about it."""
+
+
+class SkimpError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class NothingToConvertError(SkimpError):
+    """The graph holds no site that the passes can rewrite."""
+
+
+class BadWeightsError(SkimpError):
+    """A weight holds NaN or infinity, or has a shape the block cannot take."""
+
+
+class CalibrationError(SkimpError):
+    """The calibration set is empty, too small, or does not fit the model."""
+
+
+class VerificationError(SkimpError):
+    """A graph is malformed before or after a pass."""
+
+
+class CompileError(SkimpError):
+    """A generated kernel did not compile or load."""
+
+
+class ArtefactError(SkimpError):
+    """A file on disk is missing, truncated, foreign, or of an unknown version."""

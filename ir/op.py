@@ -1,0 +1,169 @@
+"""The one op: ``skimp::dynk_ffn``, a feed-forward network that runs the experts a row needs.
+
+Rule (D2DMoE, arXiv 2310.04361, section 3.3): expert ``i`` runs for a row iff
+``scores_i >= tau * max_j scores_j``. Selected experts are summed unweighted; ``b_out`` is added
+once. The rule is written here as "not below", so that a NaN score runs every expert and the NaN
+reaches the output instead of vanishing. For the same reason a row whose scores are all zero runs
+every expert: no evidence is never a licence to skip.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+"""Activations by their name in the op. ``gelu`` is the exact form (erf)."""
+
+_CPU_KERNELS: list[Callable[..., Tensor]] = []
+
+
+def use_cpu_kernel(kernel: Callable[..., Tensor] | None) -> None:
+    """Let code generation serve the op on CPU; ``None`` goes back to the reference.
+
+    Args:
+        kernel: A function with the op's arguments that returns the op's result.
+    """
+    _CPU_KERNELS[:] = [] if kernel is None else [kernel]
+
+
+def select(scores: Tensor, tau: Tensor) -> Tensor:
+    """Which experts run.
+
+    Args:
+        scores: Router output, ``[.., E]``, non-negative.
+        tau: Threshold relative to the row's largest score, 0-d, in ``[0, 1]``.
+
+    Returns:
+        Bool mask ``[.., E]``; every row has at least one ``True``.
+    """
+    return ~(scores < tau * scores.amax(-1, keepdim=True))
+
+
+def hidden(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    act: str,
+) -> Tensor:
+    """Hidden activations ``[.., d_ff]`` of all experts, before the second projection."""
+    up = F.linear(x, w_in, b_in)
+    if w_gate is None:
+        return ACTIVATIONS[act](up)
+    return ACTIVATIONS[act](F.linear(x, w_gate, b_gate)) * up
+
+
+def reference(
+    x: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    expert_size: int,
+    act: str,
+) -> Tensor:
+    """Define the op in plain PyTorch: dense computation times the mask.
+
+    Args:
+        x: Rows, ``[.., d]``.
+        scores: Router output, ``[.., E]``, non-negative, with ``E = d_ff / expert_size``.
+        tau: Threshold, 0-d tensor in ``[0, 1]``; 0 runs every expert.
+        w_in: ``[d_ff, d]``; the neurons of an expert are adjacent.
+        b_in: ``[d_ff]`` or ``None``.
+        w_gate: ``[d_ff, d]`` for a gated network, else ``None``.
+        b_gate: ``[d_ff]`` or ``None``.
+        w_out: ``[d_ff, d_out]``, neuron-major.
+        b_out: ``[d_out]`` or ``None``.
+        expert_size: Neurons per expert.
+        act: A key of :data:`ACTIVATIONS`.
+
+    Returns:
+        ``[.., d_out]``, the dtype of ``x``.
+    """
+    h = hidden(x, w_in, b_in, w_gate, b_gate, act)
+    mask = select(scores, tau).repeat_interleave(expert_size, dim=-1)
+    # where, not a product: an infinite activation of a skipped expert must not become NaN
+    y = torch.where(mask, h, h.new_zeros(())) @ w_out
+    return y if b_out is None else y + b_out
+
+
+@torch.library.custom_op("skimp::dynk_ffn", mutates_args=())
+def dynk_ffn(
+    x: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    expert_size: int,
+    act: str,
+) -> Tensor:
+    """Run the op; arguments and result as in :func:`reference`."""
+    args = (x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act)
+    if _CPU_KERNELS and x.device.type == "cpu":
+        return _CPU_KERNELS[0](*args)
+    return reference(*args).contiguous()
+
+
+@dynk_ffn.register_fake
+def _(
+    x: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    expert_size: int,
+    act: str,
+) -> Tensor:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; it must be one of {sorted(ACTIVATIONS)}")
+    if scores.shape[-1] * expert_size != w_in.shape[0]:
+        raise ValueError(
+            f"{scores.shape[-1]} experts of {expert_size} neurons do not make "
+            f"d_ff = {w_in.shape[0]}"
+        )
+    return x.new_empty((*x.shape[:-1], w_out.shape[1]))
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
+    *tensors, expert_size, act = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.static = (expert_size, act)  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate through the selected experts; the selection itself has no gradient."""
+    saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
+    wanted = [i for i, t in enumerate(saved) if t is not None and ctx.needs_input_grad[i]]  # type: ignore[attr-defined]
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach() for t in saved]
+        live = [leaf.requires_grad_() for i in wanted if (leaf := leaves[i]) is not None]
+        y = reference(*leaves, *ctx.static)  # type: ignore[arg-type, attr-defined]
+    found = torch.autograd.grad(y, live, grad, allow_unused=True)
+    grads: list[Tensor | None] = [None] * (len(saved) + 2)
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return tuple(grads)
+
+
+dynk_ffn.register_autograd(_backward, setup_context=_setup_context)

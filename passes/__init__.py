@@ -1,0 +1,1 @@
+"""Graph to graph: find, split, route."""

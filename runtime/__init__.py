@@ -1,0 +1,1 @@
+"""What is alive while a model serves."""
