@@ -74,7 +74,7 @@ class DynkFFN(nn.Module):
         if d_ff % expert_size:
             raise BadWeightsError(
                 f"expert_size {expert_size} does not divide d_ff {d_ff}; "
-                f"choose a divisor, for example {_nearest_divisor(d_ff, expert_size)}"
+                f"choose a divisor, for example {nearest_divisor(d_ff, expert_size)}"
             )
         named = dict(w_in=w_in, b_in=b_in, w_gate=w_gate, b_gate=b_gate, w_out=w_out, b_out=b_out)
         expected = dict(
@@ -157,5 +157,6 @@ class DynkFFN(nn.Module):
         )
 
 
-def _nearest_divisor(n: int, wanted: int) -> int:
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of ``n`` closest to ``wanted``."""
     return min((k for k in range(1, n + 1) if n % k == 0), key=lambda k: abs(k - wanted))

@@ -27,3 +27,7 @@ class CompileError(SkimpError):
 
 class ArtefactError(SkimpError):
     """A file on disk is missing, truncated, foreign, or of an unknown version."""
+
+
+class TraceError(SkimpError):
+    """A model that cannot be captured as one graph."""

@@ -42,9 +42,7 @@ def embedded_text(min_chars: int = 40, max_chars: int = 1000) -> tuple[str, ...]
         documents += [
             doc
             for node in ast.walk(tree)
-            if isinstance(
-                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            )
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             and (doc := ast.get_docstring(node))
         ]
     paragraphs = {" ".join(p.split()) for text in documents for p in text.split("\n\n")}
@@ -117,7 +115,7 @@ def batches(
 
 
 def real_tokens(batch: Batch) -> Tensor | None:
-    """Bool mask ``[batch, length]`` of tokens that are not padding; ``None`` if there is no mask."""
+    """Bool ``[batch, length]``, true where a token is not padding; ``None`` without a mask."""
     mask = batch.get("attention_mask")
     return None if mask is None else mask.bool()
 

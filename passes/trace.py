@@ -1,0 +1,47 @@
+"""Capture a model as one graph, in the form that every pass works on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from ..ir.errors import TraceError
+
+
+def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
+    """Export a model to a graph of aten ops that computes the same, for any batch and length.
+
+    The result takes the same keyword arguments, returns the same type, and owns parameters under
+    the same names. Its first two dimensions are free wherever the model allows it.
+
+    Args:
+        model: Any module, in evaluation mode.
+        example: Keyword arguments of one call. Tensors should have first dimensions of at
+            least 2, or they are taken for constants.
+
+    Raises:
+        TraceError: The model cannot be exported as one graph.
+    """
+    free = {
+        name: dict.fromkeys(range(min(value.dim(), 2)), Dim.AUTO)
+        if isinstance(value, torch.Tensor) and not value.is_floating_point()
+        else ({0: Dim.AUTO} if isinstance(value, torch.Tensor) and value.dim() else None)
+        for name, value in example.items()
+    }
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (), dict(example), dynamic_shapes=free)
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise TraceError(
+            f"{type(model).__name__} cannot be captured as one graph: {first_line}\n"
+            "Check that it runs with these inputs in evaluation mode, and that control flow does "
+            "not depend on values; torch.export.draft_export(model, (), example) lists every cause."
+        ) from error
+    # Guards would refuse the lengths that the example did not have.
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    return module
