@@ -43,6 +43,9 @@ class DynkFFN(nn.Module):
         router_width: Hidden width of the router.
         tau: Initial threshold; 0 runs every expert.
 
+    Attributes:
+        dense: The block computes the dense network, without its router, because that is faster.
+
     Raises:
         BadWeightsError: Shapes that do not fit together, or values that are not finite.
     """
@@ -100,6 +103,7 @@ class DynkFFN(nn.Module):
             self.register_parameter(name, nn.Parameter(value.detach().clone()))
         self.expert_size = expert_size
         self.act = act
+        self.dense = False
         self.router = Router(d, router_width, d_ff // expert_size)
         self.register_buffer("tau", torch.tensor(float(tau)))
 
@@ -134,6 +138,9 @@ class DynkFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[.., d] -> [.., d_out]`` through the experts that the router selects."""
+        if self.dense:
+            y = self.hidden(x) @ self.w_out
+            return y if self.b_out is None else y + self.b_out
         return op.dynk_ffn(  # type: ignore[no-any-return]
             x,
             self.router(x),

@@ -1,0 +1,264 @@
+"""What a pass is, and what it works with."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from ..ir.block import DynkFFN
+from ..ir.errors import CalibrationError
+from .data import Batch, real_tokens
+from .lift import blocks
+
+
+class Progress(Protocol):
+    """Told how far a stage has come."""
+
+    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """``done`` of ``total`` units of ``stage`` are finished."""
+
+
+def silent(stage: str, done: float, total: float, note: str = "") -> None:
+    """Report nothing."""
+
+
+def first_tensor(outputs: Any) -> Tensor:
+    """The first floating tensor of a model's output."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def pooled(outputs: Any, batch: Batch) -> Tensor:
+    """One vector per sequence ``[batch, d]``: the mean of the first output over real tokens."""
+    states, mask = first_tensor(outputs), real_tokens(batch)
+    if states.dim() < 3:
+        return states
+    if mask is None or mask.shape != states.shape[:2]:
+        return states.flatten(1, -2).mean(1)
+    weights = mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+@dataclass(slots=True)
+class Context:
+    """What passes may use beside the graph.
+
+    Attributes:
+        teacher: The model as it was, its networks lifted into blocks at tau = 0.
+        train: Batches to train on.
+        held_out: Batches to choose thresholds on.
+        output: From a model's output and the batch to what its user reads, ``[rows, m]``.
+        progress: Told how far a stage has come.
+        seed: Of every random choice.
+        note: What a pass says for the record, added to its statistics.
+    """
+
+    teacher: GraphModule
+    train: Sequence[Batch]
+    held_out: Sequence[Batch]
+    output: Callable[[Any, Batch], Tensor] = pooled
+    progress: Progress = silent
+    seed: int = 0
+    note: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.train or not self.held_out:
+            raise CalibrationError(
+                "the calibration set is empty; give at least a few hundred passages or inputs"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass returns: the graph, whether it changed, and what was measured on the way."""
+
+    gm: GraphModule
+    modified: bool
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step from graph to graph. Its fields are its options; it changes only what it is given."""
+
+    name: ClassVar[str] = "pass"
+
+    def run(self, gm: GraphModule, context: Context) -> PassResult:
+        """Apply the pass to ``gm``, which the pipeline has copied for it."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The spec: name and options, ``sparsify{tokens=1000}``."""
+        options = ",".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        return f"{self.name}{{{options}}}"
+
+
+def capture(gm: nn.Module, data: Sequence[Batch], limit: int | None = None) -> dict[str, Tensor]:
+    """Inputs of every block, rows of real tokens only: ``{name: [rows, d]}``.
+
+    Args:
+        gm: A model with blocks.
+        data: Batches, run in order.
+        limit: Stop after this many rows (of the first block).
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in blocks(gm)}
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows[name].append(real_rows(args[0].detach(), mask))
+
+        return hook
+
+    handles = [b.register_forward_pre_hook(keep(n)) for n, b in blocks(gm).items()]
+    count = 0
+    try:
+        with torch.no_grad():
+            for batch in data:
+                mask = real_tokens(batch)
+                gm(**batch)
+                count += len(next(iter(rows.values()))[-1])
+                if limit is not None and count >= limit:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``[batch, length, d] -> [rows, d]`` without padding, where the mask fits."""
+    if mask is not None and x.shape[:2] == mask.shape:
+        return x[mask]
+    if mask is not None and x.dim() == 2 and len(x) == mask.numel():
+        return x[mask.flatten()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def expert_norms(block: DynkFFN, h: Tensor) -> Tensor:
+    """L2 norm of each expert's output, the routers' target (D2DMoE, section 3.2).
+
+    With ``W_i`` the expert's rows of ``w_out``, ``|h_i W_i|^2 = h_i (W_i W_i^T) h_i``: the small
+    Gram matrix costs ``e/d_out`` of computing the outputs.
+
+    Args:
+        block: The block.
+        h: Hidden activations, ``[.., d_ff]``.
+
+    Returns:
+        ``[.., E]``.
+    """
+    w = block.w_out.detach().view(block.experts, block.expert_size, -1)
+    gram = w @ w.transpose(1, 2)
+    h = h.unflatten(-1, (block.experts, block.expert_size))
+    squares = (torch.einsum("...ej,ejk->...ek", h, gram) * h).sum(-1)
+    return squares.clamp_min(0).sqrt()
+
+
+def hoyer(h: Tensor) -> Tensor:
+    """Square Hoyer over the last dimension, divided by its size: 1/n if one-hot, 1 if constant."""
+    return h.abs().sum(-1).square() / (h.square().sum(-1) + 1e-15) / h.shape[-1]
+
+
+@contextmanager
+def replaced(gm: GraphModule, others: dict[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in the places of blocks for a while."""
+    originals = {name: gm.get_submodule(name) for name in others}
+    for name, module in others.items():
+        gm.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, module in originals.items():
+            gm.set_submodule(name, module)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How close a model stays to its teacher, and what it spends.
+
+    Attributes:
+        cosine: Mean cosine between the two outputs.
+        overlap: Mean share of the ten nearest neighbours, by cosine, that they have in common;
+            NaN for fewer than 12 rows.
+        flops: FFN FLOPs, routers included, as a share of dense.
+        experts: Mean experts per row and block.
+    """
+
+    cosine: float
+    overlap: float
+    flops: float
+    experts: dict[str, float]
+
+
+def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Quality:
+    """Compare a model with its teacher."""
+    want = reference_outputs(context, data)
+    got, chosen = outputs_and_experts(gm, context, data)
+    from ..ir.cost import ffn_share
+
+    return Quality(
+        float(F.cosine_similarity(got, want, dim=-1).mean()),
+        neighbour_overlap(got, want),
+        ffn_share(chosen, blocks(gm)),
+        chosen,
+    )
+
+
+def reference_outputs(context: Context, data: Sequence[Batch]) -> Tensor:
+    """The teacher's outputs, ``[rows, m]``."""
+    with torch.no_grad():
+        return torch.cat([context.output(context.teacher(**b), b) for b in data])
+
+
+def outputs_and_experts(
+    gm: GraphModule, context: Context, data: Sequence[Batch]
+) -> tuple[Tensor, dict[str, float]]:
+    """A model's outputs ``[rows, m]``, and the mean experts per row of each block."""
+    from ..ir.op import select
+
+    total: dict[str, float] = dict.fromkeys(blocks(gm), 0.0)
+    rows: dict[str, int] = dict.fromkeys(blocks(gm), 0)
+    mask: Tensor | None = None
+
+    def count(name: str, block: DynkFFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = real_rows(args[0], mask)
+            total[name] += float(select(block.router(x), block.tau).sum())
+            rows[name] += len(x)
+
+        return hook
+
+    handles = [b.register_forward_pre_hook(count(n, b)) for n, b in blocks(gm).items()]
+    outputs = []
+    try:
+        with torch.no_grad():
+            for batch in data:
+                mask = real_tokens(batch)
+                outputs.append(context.output(gm(**batch), batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(outputs), {name: total[name] / max(rows[name], 1) for name in total}
+
+
+def neighbour_overlap(got: Tensor, want: Tensor, k: int = 10) -> float:
+    """Mean share of the ``k`` nearest rows, by cosine, that two sets of vectors agree on."""
+    if len(got) < k + 2:
+        return float("nan")
+
+    def nearest(x: Tensor) -> Tensor:
+        x = F.normalize(x.float(), dim=-1)
+        similar = x @ x.T
+        similar.fill_diagonal_(-torch.inf)
+        return similar.topk(k).indices
+
+    a, b = nearest(got), nearest(want)
+    return float((a[:, :, None] == b[:, None, :]).any(-1).float().mean())

@@ -1,0 +1,80 @@
+"""Keep a block only where it is measured to be faster than the dense network."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..ir.block import DynkFFN
+from ..ir.cost import Curves
+from .base import Context, Pass, PassResult, capture
+from .lift import blocks
+
+
+@dataclass(frozen=True)
+class Choose(Pass):
+    """Time each block against its dense form on real inputs; the slower of the two goes.
+
+    Attributes:
+        rows: Rows per call that matter to the user.
+        margin: The block must take less than this share of the dense time at one of them.
+        repeats: Interleaved pairs per measurement.
+    """
+
+    name: ClassVar[str] = "choose"
+    rows: tuple[int, ...] = (16, 256, 2048)
+    margin: float = 1.0
+    repeats: int = 7
+
+    def run(self, gm: GraphModule, context: Context) -> PassResult:
+        """Mark as dense the blocks of ``gm`` that do not pay."""
+        inputs = capture(gm, context.held_out, max(self.rows))
+        curves = Curves.load()
+        stats: dict[str, Any] = {}
+        for name, block in blocks(gm).items():
+            ratios = {}
+            for rows in self.rows:
+                x = inputs[name]
+                x = x.repeat(-(-rows // len(x)), 1)[:rows].contiguous()
+                dense, dynk = _pair(block, x, self.repeats)
+                curves.seconds[Curves.key(block, rows, None)] = dense
+                curves.seconds[Curves.key(block, rows, _share(block, x))] = dynk
+                ratios[rows] = dense / dynk
+            block.dense = max(ratios.values()) * self.margin <= 1
+            stats[name] = {"speedup": ratios, "kept": not block.dense}
+            context.progress(self.name, len(stats), len(blocks(gm)), name)
+        curves.store()
+        return PassResult(gm, any(b.dense for b in blocks(gm).values()), stats)
+
+
+def _share(block: DynkFFN, x: Tensor) -> float:
+    from ..ir.op import select
+
+    with torch.no_grad():
+        return float(select(block.router(x), block.tau).float().mean())
+
+
+def _pair(block: DynkFFN, x: Tensor, repeats: int) -> tuple[float, float]:
+    """Median seconds of the dense network and of the block, interleaved."""
+
+    def dense() -> Tensor:
+        return block.hidden(x) @ block.w_out
+
+    def dynk() -> Tensor:
+        y: Tensor = block(x)
+        return y
+
+    def clock(call: Callable[[], Tensor]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    with torch.no_grad():
+        dense(), dynk()
+        times = [(clock(dense), clock(dynk)) for _ in range(repeats)]
+    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)

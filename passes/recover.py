@@ -1,0 +1,187 @@
+"""Let the model learn to live with what it skips: self-distillation with routing switched on.
+
+    loss = |states - teacher's|^2 / var   at the input of every block and at the output
+         + cosine and relations of the outputs that the user reads
+         + |router - expert norms|^2
+
+Experts, attention and norms learn from the distillation, routers from the norms of their experts
+as these change. Routers get no gradient through the selection: a straight-through estimator here
+lets scores drift away from the norms until the selection is no better than chance.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from ..ir.block import DynkFFN
+from .base import (
+    Context,
+    Pass,
+    PassResult,
+    expert_norms,
+    first_tensor,
+    hoyer,
+    real_rows,
+    replaced,
+)
+from .data import Batch, real_tokens
+from .lift import blocks
+
+
+class _Gated(nn.Module):
+    """A block in training: the share of experts that run is set, the threshold follows."""
+
+    def __init__(self, block: DynkFFN) -> None:
+        super().__init__()
+        self.block = block
+        self.share = 1.0
+        self.mask: Tensor | None = None
+        self.router_loss = self.hoyer = torch.tensor(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        h = block.hidden(x)
+        scores = block.router(x.detach())
+        ratio = (scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)).detach()
+        tau = relative_quantile(real_rows(ratio, self.mask), self.share)
+        with torch.no_grad():
+            norms = expert_norms(block, h)
+        error = (real_rows(scores, self.mask) - real_rows(norms, self.mask)).square().mean()
+        self.router_loss = error / real_rows(norms, self.mask).square().mean().clamp_min(1e-12)
+        self.hoyer = hoyer(real_rows(h, self.mask)).mean()
+        run = (ratio >= tau).repeat_interleave(block.expert_size, -1)
+        y = (h * run) @ block.w_out
+        return y if block.b_out is None else y + block.b_out
+
+
+def relative_quantile(ratio: Tensor, share: float, sample: int = 256) -> Tensor:
+    """The tau at which a share of the experts run, from scores relative to their row's largest.
+
+    Args:
+        ratio: ``[rows, E]``, in ``[0, 1]``.
+        share: Of (row, expert) pairs that should run.
+        sample: Rows to look at, evenly spaced.
+    """
+    rows = ratio[:: max(1, len(ratio) // sample)]
+    return torch.quantile(rows.flatten()[: 2**24].float(), 1 - share)
+
+
+@dataclass(frozen=True)
+class Recover(Pass):
+    """Train experts and routers together while only a share of the experts runs.
+
+    Attributes:
+        share: Mean share of experts that run, at the end; it starts higher.
+        steps: Optimisation steps.
+        lr: Peak learning rate of the model; AdamW, cosine decay.
+        router_lr: The same of the routers.
+        alpha: Weight of the square Hoyer term.
+        relations: Weight of the error of cosines between the rows of a batch.
+        jitter: The share varies by this factor from step to step, so that tau stays a knob.
+        seconds: Stop after this long, the schedule shortened to match.
+    """
+
+    name: ClassVar[str] = "recover"
+    share: float = 0.5
+    steps: int = 130
+    lr: float = 3e-4
+    router_lr: float = 1e-3
+    alpha: float = 0.0
+    relations: float = 50.0
+    jitter: float = 0.2
+    seconds: float = math.inf
+
+    def run(self, gm: GraphModule, context: Context) -> PassResult:
+        """Train ``gm``; thresholds are left to the budget."""
+        gated = {name: _Gated(b) for name, b in blocks(gm).items()}
+        routers = [p for g in gated.values() for p in g.block.router.parameters()]
+        held = {id(p) for p in routers}
+        embeddings = _embedding_weights(gm)
+        body = [p for p in gm.parameters() if id(p) not in held and id(p) not in embeddings]
+        for p in gm.parameters():
+            p.requires_grad_(id(p) not in embeddings)
+        groups = [dict(params=body, lr=self.lr), dict(params=routers, lr=self.router_lr)]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+        peaks = [self.lr, self.router_lr]
+        generator = torch.Generator().manual_seed(context.seed)
+        stream, start = cycle(context.train), time.monotonic()
+        stats: dict[str, Any] = {}
+        with replaced(gm, dict(gated)):
+            for step in range(self.steps):
+                spent = (time.monotonic() - start) / self.seconds
+                fraction = max(step / self.steps, spent)
+                if fraction >= 1:
+                    break
+                wobble = float(torch.empty(1).uniform_(-1, 1, generator=generator))
+                share = self.share + (1 - self.share) / 2 * max(0.0, 1 - fraction / 0.3)
+                for g in gated.values():
+                    g.share = min(1.0, share * math.exp(self.jitter * wobble))
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    warm = min(1.0, (step + 1) / 20)
+                    group["lr"] = peak * warm * (0.525 + 0.475 * math.cos(math.pi * fraction))
+                loss, cosine = self._loss(gm, gated, context, next(stream))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(body, 1.0)
+                optimizer.step()
+                stats = {"steps": step + 1, "loss": loss.item(), "cosine": cosine}
+                done = step + 1 if fraction == step / self.steps else fraction * self.steps
+                context.progress(self.name, done, self.steps, f"cosine {cosine:.3f}")
+        gm.requires_grad_(False)
+        return PassResult(gm, True, stats)
+
+    def _loss(
+        self, gm: GraphModule, gated: dict[str, _Gated], context: Context, batch: Batch
+    ) -> tuple[Tensor, float]:
+        mask = real_tokens(batch)
+        for g in gated.values():
+            g.mask = mask
+        with torch.no_grad():
+            want, want_states = _with_states(context.teacher, list(gated), batch)
+        got, got_states = _with_states(gm, list(gated), batch)
+        pairs = [(got_states[n], want_states[n]) for n in gated]
+        loss = torch.stack([_relative_error(a, b, mask) for a, b in pairs]).mean()
+        loss = loss + _relative_error(first_tensor(got), first_tensor(want), mask)
+        a, b = (F.normalize(context.output(o, batch), dim=-1) for o in (got, want))
+        cosine = (a * b).sum(-1).mean()
+        loss = loss + 4 * (1 - cosine) + self.relations * F.mse_loss(a @ a.T, b @ b.T)
+        extra = [g.router_loss + self.alpha * g.hoyer for g in gated.values()]
+        return loss + torch.stack(extra).mean(), cosine.item()
+
+
+def _with_states(gm: GraphModule, names: list[str], batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+    """Run a model and keep the input of every block."""
+    states: dict[str, Tensor] = {}
+    handles = [
+        gm.get_submodule(n).register_forward_pre_hook(
+            lambda _, args, n=n: states.__setitem__(n, args[0])
+        )
+        for n in names
+    ]
+    try:
+        return gm(**batch), states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _relative_error(got: Tensor, want: Tensor, mask: Tensor | None) -> Tensor:
+    a, b = real_rows(got, mask), real_rows(want, mask)
+    return F.mse_loss(a, b) / b.var().clamp_min(1e-12)
+
+
+def _embedding_weights(gm: GraphModule) -> set[int]:
+    """Tables that a lookup reads: large, rarely touched by a short run, and best left alone."""
+    found = set()
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[0].op == "get_attr":
+            owner, _, leaf = str(node.args[0].target).rpartition(".")
+            found.add(id(getattr(gm.get_submodule(owner), leaf)))
+    return found

@@ -1,0 +1,80 @@
+"""Train routers to predict the L2 norm of each expert's output (D2DMoE, section 3.2).
+
+The backbone is frozen. One pass over the data gives every block's inputs; labels are computed
+from them once, in memory, and each router then sees them many times.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from .base import Context, Pass, PassResult, capture, expert_norms
+from .lift import blocks
+from .split import split
+
+
+@dataclass(frozen=True)
+class Split(Pass):
+    """Make the neurons of each expert adjacent, by balanced k-means on their weights."""
+
+    name: ClassVar[str] = "split"
+
+    def run(self, gm: GraphModule, context: Context) -> PassResult:
+        """Permute the neurons of every block."""
+        for i, (name, block) in enumerate(blocks(gm).items()):
+            split(block, seed=context.seed)
+            context.progress(self.name, i + 1, len(blocks(gm)), name)
+        sizes = {n: f"{b.experts} x {b.expert_size}" for n, b in blocks(gm).items()}
+        return PassResult(gm, True, sizes)
+
+
+@dataclass(frozen=True)
+class Route(Pass):
+    """Fit every router by mean squared error.
+
+    Attributes:
+        tokens: Rows whose activations are held in memory.
+        steps: Optimisation steps per router.
+        batch: Rows per step.
+        lr: Peak learning rate of Adam; decays linearly.
+    """
+
+    name: ClassVar[str] = "route"
+    tokens: int = 60_000
+    steps: int = 900
+    batch: int = 1024
+    lr: float = 3e-3
+
+    def run(self, gm: GraphModule, context: Context) -> PassResult:
+        """Train the routers of ``gm``."""
+        inputs = capture(gm, context.train, self.tokens)
+        generator = torch.Generator().manual_seed(context.seed)
+        unexplained = {}
+        for i, (name, block) in enumerate(blocks(gm).items()):
+            x = inputs.pop(name)
+            with torch.no_grad():
+                norms = torch.cat(
+                    [expert_norms(block, block.hidden(part)) for part in x.split(4096)]
+                )
+                variance = norms.var(0).mean().clamp_min(1e-12)
+                # Start at the size of the labels, or the first hundred steps only find it.
+                scores = block.router(x[:4096]).mean().clamp_min(1e-12)
+                block.router.up.weight.mul_(norms.mean() / scores)
+            optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr)
+            loss = torch.tensor(0.0)
+            for step in range(self.steps):
+                rows = torch.randint(len(x), (min(self.batch, len(x)),), generator=generator)
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
+                loss = F.mse_loss(block.router(x[rows]), norms[rows]) / variance
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            unexplained[name] = loss.item()
+            context.progress(self.name, i + 1, len(blocks(gm)), f"{loss.item():.3f} unexplained")
+        assert all(math.isfinite(v) for v in unexplained.values())
+        return PassResult(gm, True, {"unexplained variance": unexplained})

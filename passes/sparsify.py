@@ -1,0 +1,128 @@
+"""Make the hidden activations sparse, without labels.
+
+    act = gelu | silu  -->  act = relu          (relufy)
+    min |y - y_dense|^2 / var(y_dense) + alpha * Hoyer(h)    per block, on the dense model's inputs
+
+Each network learns alone to give the dense network's outputs on the dense model's inputs
+(layer-wise self-distillation), so blocks do not wait for each other and nothing is back-propagated
+through attention. Square Hoyer is the sparsity term of D2DMoE, section 3.1.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from ..ir.block import DynkFFN
+from .base import Context, Pass, PassResult, capture, hoyer
+from .data import Batch, count_tokens
+from .lift import blocks
+
+
+@dataclass(frozen=True)
+class Relufy(Pass):
+    """Replace the activation of every block by ReLU, which is zero where it does not fire."""
+
+    name: ClassVar[str] = "relufy"
+
+    def run(self, gm: GraphModule, context: Context) -> PassResult:
+        """Set the activation; weights stay as they are."""
+        before = {name: b.act for name, b in blocks(gm).items()}
+        for block in blocks(gm).values():
+            block.act = "relu"
+        return PassResult(gm, any(a != "relu" for a in before.values()), {"was": before})
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Distil each dense network into its sparse block, layer by layer.
+
+    Attributes:
+        tokens: Tokens to train on; the data is repeated if it holds fewer.
+        epochs: Passes over each chunk while its activations are in memory.
+        alpha: Weight of the square Hoyer term (of the share of active neurons).
+        lr: Peak learning rate of Adam.
+        chunk: Tokens whose activations are held in memory at once.
+        batch: Rows per step.
+        seconds: Stop after this long, the schedule shortened to match.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    tokens: int = 130_000
+    epochs: int = 2
+    alpha: float = 0.05
+    lr: float = 5e-4
+    chunk: int = 16_000
+    batch: int = 512
+    seconds: float = math.inf
+
+    def run(self, gm: GraphModule, context: Context) -> PassResult:
+        """Train the blocks of ``gm``."""
+        students, teachers = blocks(gm), blocks(context.teacher)
+        trainable = {
+            n: [p for k, p in b.named_parameters() if not k.startswith("router.")]
+            for n, b in students.items()
+        }
+        optimizers = {
+            n: torch.optim.Adam(p, lr=self.lr, betas=(0.9, 0.99)) for n, p in trainable.items()
+        }
+        generator = torch.Generator().manual_seed(context.seed)
+        stream, done, start = cycle(context.train), 0, time.monotonic()
+        stats: dict[str, Any] = {}
+        while (fraction := self._fraction(done, start)) < 1:
+            chunk: list[Batch] = []
+            while count_tokens(chunk) < min(self.chunk, self.tokens - done):
+                chunk.append(next(stream))
+            inputs = capture(context.teacher, chunk)
+            for name, block in students.items():
+                stats[name] = self._fit(
+                    block, teachers[name], inputs[name], optimizers[name], fraction, generator
+                )
+            done += count_tokens(chunk)
+            mean = sum(s["zeros"] for s in stats.values()) / len(stats)
+            context.progress(self.name, done, self.tokens, f"{mean:.0%} zeros")
+        return PassResult(gm, True, {"tokens": done, "blocks": stats})
+
+    def _fraction(self, done: int, start: float) -> float:
+        return max(done / self.tokens, (time.monotonic() - start) / self.seconds)
+
+    def _fit(
+        self,
+        block: DynkFFN,
+        teacher: DynkFFN,
+        x: Tensor,
+        optimizer: torch.optim.Optimizer,
+        fraction: float,
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        with torch.no_grad():
+            want = torch.cat([_dense(teacher, part) for part in x.split(4096)])
+            variance = want.var().clamp_min(1e-12)
+        warm = min(1.0, (fraction + 0.02) * 10)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * fraction) + 0.02)
+        alpha = self.alpha * min(1.0, 2 * fraction + 0.02)  # the paper's linear warm-up
+        error = zeros = torch.tensor(0.0)
+        for _ in range(self.epochs):
+            order = torch.randperm(len(x), generator=generator)
+            for rows in order.split(self.batch):
+                h = block.hidden(x[rows])
+                y = h @ block.w_out
+                y = y if block.b_out is None else y + block.b_out
+                error = F.mse_loss(y, want[rows]) / variance
+                optimizer.zero_grad(set_to_none=True)
+                (error + alpha * hoyer(h).mean()).backward()
+                optimizer.step()
+                zeros = (h.detach() == 0).float().mean()
+        return {"error": error.item(), "zeros": zeros.item()}
+
+
+def _dense(block: DynkFFN, x: Tensor) -> Tensor:
+    y = block.hidden(x) @ block.w_out
+    return y if block.b_out is None else y + block.b_out
