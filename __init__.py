@@ -1,3 +1,28 @@
-"""skimp: a PyTorch compiler that makes each token pay only for the experts it needs."""
+"""skimp: a PyTorch compiler that makes each token pay only for the experts it needs.
+
+converted = skimp.convert(model, data)            # sparse experts, routers, thresholds
+fast = torch.compile(converted.model, backend="skimp")
+skimp.set_tau(converted.model, 0.1)               # quality against latency, at run time
+"""
+
+from .ir.errors import SkimpError
+from .passes.budget import set_tau
+from .passes.convert import Converted, convert, explain, recipe
+from .passes.data import batches, embedded_text, hold_out
+from .runtime.store import load, save
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Converted",
+    "SkimpError",
+    "batches",
+    "convert",
+    "embedded_text",
+    "explain",
+    "hold_out",
+    "load",
+    "recipe",
+    "save",
+    "set_tau",
+]

@@ -180,6 +180,18 @@ def replaced(gm: GraphModule, others: dict[str, nn.Module]) -> Iterator[None]:
             gm.set_submodule(name, module)
 
 
+@contextmanager
+def trainable(gm: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let these parameters, and no others of the model, learn for a while."""
+    gm.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        gm.requires_grad_(False)
+
+
 @dataclass(frozen=True, slots=True)
 class Quality:
     """How close a model stays to its teacher, and what it spends.

@@ -169,12 +169,15 @@ def _site(down: _Linear, between: _Between, act: str, gate: Node | None) -> FFNS
 def _as_linear(gm: GraphModule, node: Node) -> _Linear | None:
     if node.op != "call_function":
         return None
+    x: Any
+    weight: Any
     bias: Any = None
+    args: Any = node.args
     if node.target is aten.linear.default:
-        x, weight, *rest = node.args
+        x, weight, *rest = args
         bias, transposed = (rest[0] if rest else node.kwargs.get("bias")), False
     elif node.target is aten.addmm.default and not node.kwargs:
-        (bias, x, weight), transposed = node.args, True
+        (bias, x, weight), transposed = args, True
     else:
         return None
     w = _parameter(gm, weight)
@@ -229,7 +232,7 @@ def _source(node: Node, linears: dict[Node, _Linear]) -> _Source | None:
         dim = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
         last = dim in (-1, _rank(node) - 1)
         if whole is not None and last and len(cut.users) == 2 and _width(node) * 2 == whole.d_out:
-            return _Source(whole, int(index))  # type: ignore[call-overload]
+            return _Source(whole, index)  # type: ignore[arg-type]
     if node.target is aten.slice.Tensor and isinstance(node.args[0], Node):
         whole = linears.get(_through(node.args[0]))
         last = len(node.args) > 2 and node.args[1] in (-1, _rank(node) - 1)

@@ -1,12 +1,13 @@
 """Let the model learn to live with what it skips: self-distillation with routing switched on.
 
     loss = |states - teacher's|^2 / var   at the input of every block and at the output
-         + cosine and relations of the outputs that the user reads
+         + 1 - cosine of the outputs that the user reads
          + |router - expert norms|^2
 
 Experts, attention and norms learn from the distillation, routers from the norms of their experts
-as these change. Routers get no gradient through the selection: a straight-through estimator here
-lets scores drift away from the norms until the selection is no better than chance.
+as these change. Routers get no gradient through the selection: with a straight-through estimator
+and no regression to hold them, scores drift away from the norms and the selection decays; with
+both, the estimator gained nothing that could be measured.
 """
 
 import math
@@ -30,6 +31,7 @@ from .base import (
     hoyer,
     real_rows,
     replaced,
+    trainable,
 )
 from .data import Batch, real_tokens
 from .lift import blocks
@@ -57,7 +59,7 @@ class _Gated(nn.Module):
         self.router_loss = error / real_rows(norms, self.mask).square().mean().clamp_min(1e-12)
         self.hoyer = hoyer(real_rows(h, self.mask)).mean()
         run = (ratio >= tau).repeat_interleave(block.expert_size, -1)
-        y = (h * run) @ block.w_out
+        y: Tensor = (h * run) @ block.w_out
         return y if block.b_out is None else y + block.b_out
 
 
@@ -83,7 +85,6 @@ class Recover(Pass):
         lr: Peak learning rate of the model; AdamW, cosine decay.
         router_lr: The same of the routers.
         alpha: Weight of the square Hoyer term.
-        relations: Weight of the error of cosines between the rows of a batch.
         jitter: The share varies by this factor from step to step, so that tau stays a knob.
         seconds: Stop after this long, the schedule shortened to match.
     """
@@ -94,7 +95,6 @@ class Recover(Pass):
     lr: float = 3e-4
     router_lr: float = 1e-3
     alpha: float = 0.0
-    relations: float = 50.0
     jitter: float = 0.2
     seconds: float = math.inf
 
@@ -105,15 +105,13 @@ class Recover(Pass):
         held = {id(p) for p in routers}
         embeddings = _embedding_weights(gm)
         body = [p for p in gm.parameters() if id(p) not in held and id(p) not in embeddings]
-        for p in gm.parameters():
-            p.requires_grad_(id(p) not in embeddings)
         groups = [dict(params=body, lr=self.lr), dict(params=routers, lr=self.router_lr)]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
         peaks = [self.lr, self.router_lr]
         generator = torch.Generator().manual_seed(context.seed)
         stream, start = cycle(context.train), time.monotonic()
         stats: dict[str, Any] = {}
-        with replaced(gm, dict(gated)):
+        with trainable(gm, [*body, *routers]), replaced(gm, dict(gated)):
             for step in range(self.steps):
                 spent = (time.monotonic() - start) / self.seconds
                 fraction = max(step / self.steps, spent)
@@ -134,7 +132,6 @@ class Recover(Pass):
                 stats = {"steps": step + 1, "loss": loss.item(), "cosine": cosine}
                 done = step + 1 if fraction == step / self.steps else fraction * self.steps
                 context.progress(self.name, done, self.steps, f"cosine {cosine:.3f}")
-        gm.requires_grad_(False)
         return PassResult(gm, True, stats)
 
     def _loss(
@@ -151,7 +148,7 @@ class Recover(Pass):
         loss = loss + _relative_error(first_tensor(got), first_tensor(want), mask)
         a, b = (F.normalize(context.output(o, batch), dim=-1) for o in (got, want))
         cosine = (a * b).sum(-1).mean()
-        loss = loss + 4 * (1 - cosine) + self.relations * F.mse_loss(a @ a.T, b @ b.T)
+        loss = loss + 2 * (1 - cosine)
         extra = [g.router_loss + self.alpha * g.hoyer for g in gated.values()]
         return loss + torch.stack(extra).mean(), cosine.item()
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from .base import Context, Pass, PassResult, capture, expert_norms
+from .base import Context, Pass, PassResult, capture, expert_norms, trainable
 from .lift import blocks
 from .split import split
 
@@ -66,14 +66,15 @@ class Route(Pass):
                 block.router.up.weight.mul_(norms.mean() / scores)
             optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr)
             loss = torch.tensor(0.0)
-            for step in range(self.steps):
-                rows = torch.randint(len(x), (min(self.batch, len(x)),), generator=generator)
-                for group in optimizer.param_groups:
-                    group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
-                loss = F.mse_loss(block.router(x[rows]), norms[rows]) / variance
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+            with trainable(gm, list(block.router.parameters())):
+                for step in range(self.steps):
+                    rows = torch.randint(len(x), (min(self.batch, len(x)),), generator=generator)
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
+                    loss = F.mse_loss(block.router(x[rows]), norms[rows]) / variance
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
             unexplained[name] = loss.item()
             context.progress(self.name, i + 1, len(blocks(gm)), f"{loss.item():.3f} unexplained")
         assert all(math.isfinite(v) for v in unexplained.values())

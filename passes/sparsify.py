@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..ir.block import DynkFFN
-from .base import Context, Pass, PassResult, capture, hoyer
+from .base import Context, Pass, PassResult, capture, hoyer, trainable
 from .data import Batch, count_tokens
 from .lift import blocks
 
@@ -65,28 +65,30 @@ class Sparsify(Pass):
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Train the blocks of ``gm``."""
         students, teachers = blocks(gm), blocks(context.teacher)
-        trainable = {
+        trained = {
             n: [p for k, p in b.named_parameters() if not k.startswith("router.")]
             for n, b in students.items()
         }
         optimizers = {
-            n: torch.optim.Adam(p, lr=self.lr, betas=(0.9, 0.99)) for n, p in trainable.items()
+            n: torch.optim.Adam(p, lr=self.lr, betas=(0.9, 0.99)) for n, p in trained.items()
         }
         generator = torch.Generator().manual_seed(context.seed)
         stream, done, start = cycle(context.train), 0, time.monotonic()
         stats: dict[str, Any] = {}
-        while (fraction := self._fraction(done, start)) < 1:
-            chunk: list[Batch] = []
-            while count_tokens(chunk) < min(self.chunk, self.tokens - done):
-                chunk.append(next(stream))
-            inputs = capture(context.teacher, chunk)
-            for name, block in students.items():
-                stats[name] = self._fit(
-                    block, teachers[name], inputs[name], optimizers[name], fraction, generator
-                )
-            done += count_tokens(chunk)
-            mean = sum(s["zeros"] for s in stats.values()) / len(stats)
-            context.progress(self.name, done, self.tokens, f"{mean:.0%} zeros")
+        learning = [p for group in trained.values() for p in group]
+        with trainable(gm, learning):
+            while (fraction := self._fraction(done, start)) < 1:
+                chunk: list[Batch] = []
+                while count_tokens(chunk) < min(self.chunk, self.tokens - done):
+                    chunk.append(next(stream))
+                inputs = capture(context.teacher, chunk)
+                for name, block in students.items():
+                    stats[name] = self._fit(
+                        block, teachers[name], inputs[name], optimizers[name], fraction, generator
+                    )
+                done += count_tokens(chunk)
+                mean = sum(s["zeros"] for s in stats.values()) / len(stats)
+                context.progress(self.name, done, self.tokens, f"{mean:.0%} zeros")
         return PassResult(gm, True, {"tokens": done, "blocks": stats})
 
     def _fraction(self, done: int, start: float) -> float:

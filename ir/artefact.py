@@ -1,0 +1,146 @@
+"""Blocks on disk: a folder with ``skimp.json`` and one file of weights.
+
+The JSON names the weights file by its contents and is written last, by renaming, so a reader finds
+either the old artefact or the new one. The names are skimp's own: a library that does not know
+them finds no model here, rather than one that runs as something else.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import DynkFFN
+from .cost import write_atomically
+from .errors import ArtefactError
+
+VERSION = 1
+INDEX = "skimp.json"
+
+
+def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
+    """Write a converted model.
+
+    Args:
+        folder: Made if it does not exist; an artefact in it is replaced at the very end.
+        model: A model with blocks.
+        record: JSON-serialisable; kept beside the blocks.
+
+    Raises:
+        ArtefactError: The folder cannot be written, for example on a full disk.
+    """
+    from safetensors.torch import save
+
+    seen: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        first = seen.setdefault(tensor.data_ptr(), name)
+        if first != name and tensor.numel() and tensors[first].shape == tensor.shape:
+            aliases[name] = first
+        else:
+            tensors[name] = tensor.detach().contiguous()
+    data = save(tensors, metadata={"format": "skimp"})
+    digest = hashlib.sha256(data).hexdigest()
+    index = {
+        "format": "skimp",
+        "version": VERSION,
+        "weights": f"weights-{digest[:16]}.safetensors",
+        "sha256": digest,
+        "aliases": aliases,
+        "blocks": {
+            name: dict(
+                act=b.act,
+                expert_size=b.expert_size,
+                router_width=b.router.down.out_features,
+                dense=b.dense,
+            )
+            for name, b in model.named_modules()
+            if isinstance(b, DynkFFN)
+        },
+        "record": record,
+    }
+    try:
+        write_atomically(folder / str(index["weights"]), data)
+        write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
+    except OSError as error:
+        raise ArtefactError(
+            f"{folder} cannot be written ({error.strerror or error}); free some space or choose "
+            "another folder. What was there before is unharmed."
+        ) from error
+    for old in folder.glob("weights-*.safetensors"):
+        if old.name != index["weights"]:
+            old.unlink(missing_ok=True)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read and check ``skimp.json``.
+
+    Raises:
+        ArtefactError: No artefact, not one of skimp's, or one of a later version.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{folder} holds no {INDEX}, so no converted model") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != "skimp":
+        raise ArtefactError(f"{path} was not written by skimp")
+    if index.get("version") != VERSION:
+        raise ArtefactError(
+            f"{path} has version {index.get('version')}; this skimp reads version {VERSION}. "
+            "Convert the model again, or use the skimp that wrote it."
+        )
+    return index
+
+
+def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the weights and settings of an artefact into a model with the same blocks.
+
+    Returns:
+        The record that was written with it.
+
+    Raises:
+        ArtefactError: A damaged artefact, or one of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    index = read_index(folder)
+    path = folder / Path(str(index["weights"])).name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error}") from error
+    if hashlib.sha256(data).hexdigest() != index["sha256"]:
+        raise ArtefactError(f"{path} is damaged or truncated; convert the model again")
+    try:
+        state = load(data)
+    except SafetensorError as error:
+        raise ArtefactError(f"{path} is not a safetensors file: {error}") from error
+    state |= {name: state[first] for name, first in index["aliases"].items()}
+    found = {n: b for n, b in model.named_modules() if isinstance(b, DynkFFN)}
+    if set(found) != set(index["blocks"]):
+        raise ArtefactError(
+            f"{folder} holds blocks {sorted(index['blocks'])[:3]}.., the model has "
+            f"{sorted(found)[:3]}..: it was converted from another architecture"
+        )
+    for name, settings in index["blocks"].items():
+        block = found[name]
+        block.act, block.dense = str(settings["act"]), bool(settings["dense"])
+        if block.expert_size != settings["expert_size"]:
+            block.expert_size = int(settings["expert_size"])
+        width, experts = int(settings["router_width"]), block.experts
+        if block.router.up.weight.shape != (experts, width):
+            block.router = type(block.router)(block.d, width, experts).to(block.w_in.dtype)
+    try:
+        with torch.no_grad():
+            model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArtefactError(f"{folder} does not fit the model: {error}") from error
+    return dict(index["record"])

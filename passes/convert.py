@@ -1,0 +1,203 @@
+"""The main job: a dense model in, one that runs only the experts each token needs out."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..ir.errors import BadWeightsError, CalibrationError
+from .base import Context, Pass, Progress, pooled, silent
+from .budget import Budget, parse_target
+from .choose import Choose
+from .data import Batch
+from .find import Found, find
+from .lift import lift
+from .pipeline import run, spec
+from .recover import Recover
+from .route import Route, Split
+from .sparsify import Relufy, Sparsify
+from .trace import trace
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a conversion gives.
+
+    Attributes:
+        model: The converted model; call it like the original.
+        teacher: The original as a graph with blocks at tau = 0.
+        found: Sites and near misses.
+        history: One record per pass.
+    """
+
+    model: GraphModule
+    teacher: GraphModule
+    found: Found
+    history: list[dict[str, Any]]
+
+
+def recipe(budget: str = "flops <= 0.55", *, thorough: bool = False) -> list[Pass]:
+    """The passes of a conversion, in order.
+
+    Args:
+        budget: A target of :class:`Budget`.
+        thorough: Train some four times as long.
+    """
+    kind, value = parse_target(budget)
+    share = value - 0.04 if kind == "flops" else 0.5
+    return [
+        Relufy(),
+        Sparsify(tokens=450_000 if thorough else 130_000),
+        Split(),
+        Route(steps=1500 if thorough else 900),
+        Recover(share=max(0.05, share), steps=700 if thorough else 130),
+        Budget(target=budget),
+        Choose(),
+    ]
+
+
+def convert(
+    model: nn.Module,
+    data: Sequence[Batch],
+    *,
+    budget: str = "flops <= 0.55",
+    passes: Sequence[Pass] | None = None,
+    held_out: Sequence[Batch] | None = None,
+    output: Callable[[Any, Batch], Tensor] = pooled,
+    expert_size: int = 8,
+    router_width: int = 64,
+    folder: str | Path | None = None,
+    progress: Progress = silent,
+    seed: int = 0,
+) -> Converted:
+    """Convert a model without labels.
+
+    Args:
+        model: Any module that :func:`torch.export.export` takes; it stays as it is.
+        data: Batches of keyword arguments, as :func:`skimp.batches` makes them.
+        budget: ``flops <= x`` (FFN FLOPs left) or ``cosine >= x``, held on ``held_out``.
+        passes: Instead of the :func:`recipe` of the budget.
+        held_out: Batches that thresholds are chosen on; by default every tenth of ``data``.
+        output: From a model's output and the batch to what its user reads, ``[rows, m]``; by
+            default the mean over real tokens of the first output.
+        expert_size: Neurons per expert.
+        router_width: Hidden width of the routers.
+        folder: Where finished stages are stored. Start again with the same arguments after an
+            interruption, and it goes on from the last of them.
+        progress: Told how far a stage has come.
+        seed: Of every random choice.
+
+    Raises:
+        NothingToConvertError: No feed-forward network was found; says what came near.
+        BadWeightsError: The model holds NaN or infinity.
+        CalibrationError: Too little data.
+        TraceError: The model cannot be captured as one graph.
+    """
+    check_weights(model)
+    train, held = _divide(data, held_out)
+    teacher, found = prepare(
+        model, train[0], expert_size=expert_size, router_width=router_width, seed=seed
+    )
+    context = Context(teacher, train, held, output, progress, seed)
+    steps = list(passes) if passes is not None else recipe(budget)
+    identity = fingerprint(teacher, [*train, *held], f"{expert_size},{router_width},{seed}")
+    gm, history = run(
+        steps, teacher, context, folder=Path(folder) if folder else None, identity=identity
+    )
+    gm.meta["skimp.pipeline"] = spec(steps)
+    return Converted(gm, teacher, found, history)
+
+
+def prepare(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    *,
+    expert_size: int = 8,
+    router_width: int = 64,
+    seed: int = 0,
+) -> tuple[GraphModule, Found]:
+    """Trace a model and lift its networks into blocks that compute the same."""
+    was_training = model.training
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the routers' first weights
+        try:
+            lifted = lift(
+                trace(copy.copy(model).eval(), _at_least_two(example)),
+                expert_size=expert_size,
+                router_width=router_width,
+            )
+        finally:
+            model.train(was_training)
+    lifted.gm.requires_grad_(False)
+    # Parameters are shared with the user's model until here; training must not reach them.
+    return copy.deepcopy(lifted.gm), lifted.found
+
+
+def explain(model: nn.Module, example: Mapping[str, Any]) -> Found:
+    """What would be converted, what nearly would, and why not; nothing is changed.
+
+    Args:
+        model: Any module, in evaluation mode.
+        example: Keyword arguments of one call.
+    """
+    return find(trace(model, _at_least_two(example)))
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model with values that are not finite.
+
+    Raises:
+        BadWeightsError: Names the first parameters concerned.
+    """
+    bad = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise BadWeightsError(
+            f"{len(bad)} parameters hold NaN or infinity, first {', '.join(bad[:3])}; "
+            "repair the checkpoint before converting it"
+        )
+
+
+def fingerprint(gm: GraphModule, data: Sequence[Batch], options: str) -> str:
+    """A digest of a model, the data and options; a stored stage of another is never resumed."""
+    digest = hashlib.sha256(options.encode())
+    for name, tensor in sorted(gm.state_dict().items()):
+        if ".router." not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for batch in data:
+        for name, value in batch.items():
+            digest.update(name.encode())
+            if isinstance(value, Tensor):
+                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _divide(
+    data: Sequence[Batch], held_out: Sequence[Batch] | None
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    if held_out is not None:
+        return data, held_out
+    if len(data) < 2:
+        raise CalibrationError(
+            f"{len(data)} batches of calibration data cannot be divided into some to train on and "
+            "some to choose thresholds on; give more text, or pass held_out="
+        )
+    every = min(10, len(data))
+    return [b for i, b in enumerate(data) if i % every], list(data[::every])
+
+
+def _at_least_two(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Repeat the rows of a batch of one: a dimension of 1 would be taken for a constant."""
+    tensors = [v for v in example.values() if isinstance(v, Tensor) and v.dim()]
+    if not tensors or any(len(t) != 1 for t in tensors):
+        return dict(example)
+    return {
+        k: v.repeat_interleave(2, 0) if isinstance(v, Tensor) and v.dim() else v
+        for k, v in example.items()
+    }

@@ -1,0 +1,146 @@
+"""Run passes in order: copy, apply, verify, record; store each finished stage and go on from it."""
+
+import copy
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..ir import artefact
+from ..ir.cost import write_atomically
+from ..ir.errors import ArtefactError, VerificationError
+from ..ir.text import BlockLine
+from .base import Context, Pass
+from .data import Batch
+from .lift import blocks
+
+
+def run(
+    passes: Sequence[Pass],
+    gm: GraphModule,
+    context: Context,
+    *,
+    folder: Path | None = None,
+    identity: str = "",
+) -> tuple[GraphModule, list[dict[str, Any]]]:
+    """Apply passes one after another.
+
+    Args:
+        passes: In order.
+        gm: A graph with blocks; it stays as it is.
+        context: What the passes work with.
+        folder: Where each finished stage is stored. A run that finds the same passes (or the
+            first of them) finished there for the same ``identity`` goes on after them.
+        identity: What else a stored stage depends on: the data and the model.
+
+    Returns:
+        The graph, and one record per pass: its spec, seconds, whether it changed the graph,
+        and its statistics.
+
+    Raises:
+        VerificationError: A pass broke the graph; names the passes before it.
+    """
+    fuel = int(os.environ.get("SKIMP_FUEL", len(passes)))
+    plan = [str(p) for p in passes[:fuel]]
+    gm, history = _resume(gm, plan, folder, identity)
+    verify(gm, context.held_out[0], "the input", [])
+    for p in passes[len(history) : fuel]:
+        start = time.monotonic()
+        context.progress(p.name, 0, 1)
+        result = p.run(copy.deepcopy(gm), context)
+        seconds = time.monotonic() - start
+        gm = result.gm
+        verify(gm, context.held_out[0], p.name, [str(r["pass"]) for r in history])
+        if result.modified:
+            _mark(gm, p.name)
+        history.append(
+            {
+                "pass": str(p),
+                "seconds": round(seconds, 3),
+                "modified": result.modified,
+                "stats": result.stats,
+            }
+        )
+        context.progress(p.name, 1, 1, f"took {seconds:.0f} s")
+        _dump(gm, len(history), p.name, seconds)
+        if folder is not None:
+            artefact.write(folder, gm, {"identity": identity, "history": history})
+    return gm, history
+
+
+def verify(gm: GraphModule, batch: Batch, name: str, before: Sequence[str]) -> None:
+    """Check that a graph is well formed, its parameters finite, and that it runs.
+
+    Raises:
+        VerificationError: It is not, with the pass to blame.
+    """
+    after = f" (after {', '.join(before)})" if before else ""
+    try:
+        gm.graph.lint()
+        bad = [n for n, p in gm.state_dict().items() if not bool(torch.isfinite(p).all())]
+        # Masks and rotary tables may hold -inf; parameters may not.
+        bad = [n for n in bad if n in dict(gm.named_parameters())]
+        with torch.no_grad():
+            gm(**batch)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise VerificationError(f"{name}{after} left a graph that does not run: {error}") from error
+    if bad:
+        raise VerificationError(
+            f"{name}{after} left values that are not finite in {', '.join(bad[:5])}; "
+            "repair the checkpoint, or lower the pass's learning rate"
+        )
+
+
+def _resume(
+    gm: GraphModule, plan: Sequence[str], folder: Path | None, identity: str
+) -> tuple[GraphModule, list[dict[str, Any]]]:
+    gm = copy.deepcopy(gm)
+    if folder is None or not (folder / artefact.INDEX).exists():
+        return gm, []
+    try:
+        record = artefact.read_index(folder)["record"]
+    except ArtefactError:
+        return gm, []
+    history: list[dict[str, Any]] = record.get("history", [])
+    done = [str(r["pass"]) for r in history]
+    if record.get("identity") != identity or done != list(plan[: len(done)]):
+        return gm, []
+    try:
+        artefact.read_into(folder, gm)
+    except ArtefactError:  # damaged since: begin again rather than go on from it
+        return copy.deepcopy(gm), []
+    return gm, history
+
+
+def _mark(gm: GraphModule, name: str) -> None:
+    """Note on every block's node which pass touched it."""
+    names = set(blocks(gm))
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            node.meta["skimp.provenance"] = (*node.meta.get("skimp.provenance", ()), name)
+
+
+def _dump(gm: GraphModule, index: int, name: str, seconds: float) -> None:
+    """Write the graph after a pass into the folder that ``SKIMP_DUMP`` names."""
+    target = os.environ.get("SKIMP_DUMP")
+    if not target:
+        return
+    lines = [f"# after {name}, which took {seconds * 1000:.0f} ms"]
+    lines += [f"# {BlockLine.of(n, b)}" for n, b in blocks(gm).items()]
+    text = "\n".join([*lines, gm.print_readable(print_output=False)])
+    write_atomically(Path(target) / f"{index:02}-{name}.py", text.encode())
+
+
+def spec(passes: Sequence[Pass]) -> str:
+    """The pipeline as text: the same in the record, the cache key and the command line."""
+    return " | ".join(str(p) for p in passes)
+
+
+def with_options(p: Pass, **options: Any) -> Pass:
+    """A pass with some options changed."""
+    return dataclasses.replace(p, **options)

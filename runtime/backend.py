@@ -1,0 +1,27 @@
+"""``torch.compile(model, backend="skimp")``: fused kernels for blocks, Inductor for the rest."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..codegen.cpp.kernels import install
+
+
+def skimp(
+    gm: GraphModule, example_inputs: Sequence[torch.Tensor], **options: Any
+) -> Callable[..., Any]:
+    """Compile a graph that Dynamo captured.
+
+    Args:
+        gm: The graph.
+        example_inputs: Its inputs.
+        options: Passed to Inductor as its configuration (``mode`` and ``options`` of
+            :func:`torch.compile`).
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    install()
+    patches = dict(options.get("options") or {})
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]

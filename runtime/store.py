@@ -1,0 +1,62 @@
+"""Save a converted model, and load it into its architecture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..ir import artefact
+from ..passes.convert import prepare
+
+
+def save(model: GraphModule, folder: str | Path, example: Mapping[str, Any]) -> None:
+    """Write a converted model: safetensors and versioned JSON, never a pickle.
+
+    Args:
+        model: What :func:`skimp.convert` gave.
+        folder: Made if need be; replaced only when everything is written.
+        example: Keyword arguments of one call; their shapes and dtypes are kept for loading.
+
+    Raises:
+        ArtefactError: The folder cannot be written.
+    """
+    inputs = {
+        name: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
+        if isinstance(v, Tensor)
+        else {"value": v}
+        for name, v in example.items()
+    }
+    record = {"inputs": inputs, "pipeline": model.meta.get("skimp.pipeline", "")}
+    artefact.write(Path(folder), model, record)
+
+
+def load(folder: str | Path, model: nn.Module) -> GraphModule:
+    """Load a converted model.
+
+    Args:
+        folder: Where :func:`save` wrote it.
+        model: The architecture it was converted from; its weights do not matter.
+
+    Returns:
+        The converted model; call it like the original.
+
+    Raises:
+        ArtefactError: A damaged or foreign file, or another architecture.
+    """
+    record = artefact.read_index(Path(folder))["record"]
+    example = {name: _example(spec) for name, spec in record.get("inputs", {}).items()}
+    gm, _ = prepare(model.eval(), example)
+    artefact.read_into(Path(folder), gm)
+    gm.meta["skimp.pipeline"] = record.get("pipeline", "")
+    return gm
+
+
+def _example(spec: dict[str, Any]) -> Any:
+    if "value" in spec:
+        return spec["value"]
+    dtype = getattr(torch, str(spec["dtype"]))
+    shape = [int(n) for n in spec["shape"]]
+    return torch.ones(shape, dtype=dtype)
