@@ -24,4 +24,5 @@ def skimp(
 
     install()
     patches = dict(options.get("options") or {})
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return compiled  # type: ignore[no-any-return]

@@ -1,0 +1,218 @@
+"""The command line: ``skimp demo | explain | convert | bench | doctor``."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .ir.cost import cache_dir
+from .ir.errors import SkimpError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Skimp on compute, not on quality: run only the experts each token needs.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Model = Annotated[str, typer.Argument(help="'minilm', a folder, or a model on the hub.")]
+Budget = Annotated[str, typer.Option(help="'flops <= 0.55' (FFN FLOPs left) or 'cosine >= 0.98'.")]
+
+
+class _Bars:
+    """Progress on stderr with rate and time left; silent when that is not a terminal."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description:10}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=_err,
+            disable=not _err.is_terminal,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.started: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(stage, total=total, rate="", note="")
+            self.started[stage] = time.monotonic()
+        spent = time.monotonic() - self.started[stage]
+        rate = f"{done / spent:,.0f}/s" if spent > 1 and total > 100 and done > 1 else ""
+        if (done, total) == (1, 1):
+            task = self.bars.tasks[self.tasks[stage]]
+            done = total = task.total or 1
+        self.bars.update(self.tasks[stage], completed=done, total=total, note=note, rate=rate)
+
+    def __enter__(self) -> "_Bars":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+
+@app.command(epilog="Example:  skimp demo --thorough --out out/thorough")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("out"),
+    budget: Budget = "flops <= 0.55",
+    thorough: Annotated[bool, typer.Option(help="Train some four times as long.")] = False,
+    model: Annotated[str, typer.Option(help="Another encoder.")] = "minilm",
+    as_json: AsJson = False,
+) -> None:
+    """Convert an encoder, compile it, and write a report of what that bought."""
+    from .runtime.demo import demo as run
+    from .runtime.report import headline, write_report
+
+    with _Bars() as bars:
+        result = run(out, model=model, budget=budget, thorough=thorough, progress=bars)
+    page, _ = write_report(result, out)
+    if as_json:
+        print(json.dumps(result))  # noqa: T201
+        return
+    table = Table(show_header=False, box=None)
+    for value, what in headline(result):
+        table.add_row(f"[bold]{value}[/]", what)
+    _out.print(table)
+    _out.print(f"Report: {page}  ({result['seconds']:.0f} s)")
+
+
+@app.command(epilog="Example:  skimp explain minilm")
+def explain(model: Model = "minilm", as_json: AsJson = False) -> None:
+    """Show which feed-forward networks would be converted, what nearly would, and why not."""
+    from .passes.convert import explain as run
+    from .runtime.models import load_pretrained
+
+    loaded = load_pretrained(model)
+    example = dict(loaded.tokenizer(["one short text", "another of its kind"], return_tensors="pt"))
+    found = run(loaded.model, example)
+    if as_json:
+        print(json.dumps(asdict(found)))  # noqa: T201
+        return
+    table = Table("site", "activation", "d", "d_ff", "gated")
+    for s in found.sites:
+        table.add_row(s.name, s.act, str(s.d), str(s.d_ff), "yes" if s.gated else "no")
+    _out.print(table)
+    for miss in found.misses:
+        _out.print(f"not {miss.nodes[-1]}: {miss.reason}", style="yellow")
+
+
+@app.command(epilog="Example:  skimp convert minilm --text corpus.txt --budget 'cosine >= 0.98'")
+def convert(
+    model: Model = "minilm",
+    out: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("out/model"),
+    text: Annotated[
+        Path | None, typer.Option(help="Calibration text, a passage per line; else Python's own.")
+    ] = None,
+    budget: Budget = "flops <= 0.55",
+    thorough: Annotated[bool, typer.Option(help="Train some four times as long.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert an encoder; start again after an interruption and it goes on where it was."""
+    from .passes.convert import convert as run
+    from .passes.convert import recipe
+    from .passes.data import batches, embedded_text, hold_out
+    from .runtime.models import load_pretrained
+    from .runtime.store import save
+
+    loaded = load_pretrained(model)
+    passages = text.read_text().splitlines() if text else embedded_text()
+    passages = [p for p in passages if p.strip()]
+    train, held = hold_out(passages, min(400, max(1, len(passages) // 10)))
+    data = batches(loaded.tokenizer, train)
+    with _Bars() as bars:
+        done = run(
+            loaded.model,
+            data,
+            held_out=batches(loaded.tokenizer, held, batch_tokens=8192),
+            budget=budget,
+            passes=recipe(budget, thorough=thorough),
+            folder=out.with_name(out.name + "-stages"),
+            progress=bars,
+        )
+    save(done.model, out, data[0])
+    if as_json:
+        print(json.dumps(done.history))  # noqa: T201
+        return
+    table = Table("pass", "seconds")
+    for record in done.history:
+        table.add_row(record["pass"].replace("[", r"\["), f"{record['seconds']:.1f}")
+    _out.print(table)
+    _out.print(f"Saved to {out}; load it with skimp.load({str(out)!r}, model)")
+
+
+@app.command(epilog="Example:  skimp bench encoder --json")
+def bench(
+    name: Annotated[str, typer.Argument(help="'block' or 'encoder'.")] = "block",
+    as_json: AsJson = False,
+    quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats.")] = False,
+) -> None:
+    """Run one of the comparisons in benchmarks/ (from a source checkout)."""
+    script = Path(__file__).parent / "benchmarks" / f"{name}.py"
+    if not script.exists():
+        raise SkimpError(f"{script} does not exist; benchmarks run from a source checkout")
+    flags = ["--json"] * as_json + ["--quick"] * quick
+    raise typer.Exit(subprocess.run([sys.executable, str(script), *flags], check=False).returncode)
+
+
+@app.command(epilog="Example:  skimp doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine offers: versions, compiler, instruction set, cache."""
+    from . import __version__
+    from .codegen.cpp.build import compiler
+    from .codegen.cpp.spec import detect_isa
+
+    try:
+        found = " ".join(compiler())
+    except SkimpError as error:
+        found = f"none: {error}"
+    facts: dict[str, Any] = {
+        "skimp": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "instruction set": detect_isa(),
+        "compiler": found,
+        "cache": str(cache_dir()),
+        "cache writable": os.access(_existing(cache_dir()), os.W_OK),
+        "free in cache, GB": round(shutil.disk_usage(_existing(cache_dir())).free / 1e9, 1),
+        "cuda": torch.cuda.is_available(),
+    }
+    if as_json:
+        print(json.dumps(facts))  # noqa: T201
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        table.add_row(key, str(value))
+    _out.print(table)
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def main() -> None:
+    """Run the command line; errors of ours are a message, not a traceback."""
+    try:
+        app()
+    except SkimpError as error:
+        _err.print(f"[red]error:[/] {error}", highlight=False)
+        raise SystemExit(1) from None

@@ -1,0 +1,59 @@
+"""What a CPU kernel is generated for."""
+
+import functools
+import hashlib
+from dataclasses import asdict, dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """Everything that is constant in the text of a kernel.
+
+    Attributes:
+        act: A key of :data:`skimp.ir.ACTIVATIONS`.
+        gated: A second projection gates the hidden neurons.
+        b_in, b_gate, b_out: Which biases there are.
+        expert_size: Neurons per expert.
+        d, d_ff, d_out: Widths.
+        dtype: ``float32`` or ``bfloat16``, of the storage; accumulation is float32.
+        isa: ``avx512``, ``avx2`` or ``portable``.
+    """
+
+    act: str
+    gated: bool
+    b_in: bool
+    b_gate: bool
+    b_out: bool
+    expert_size: int
+    d: int
+    d_ff: int
+    d_out: int
+    dtype: str
+    isa: str
+
+    @property
+    def name(self) -> str:
+        """Readable and unique."""
+        kind = "gated_" if self.gated else ""
+        digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
+        return f"{kind}{self.act}_{self.d}_{self.d_ff}_{self.dtype}_e{self.expert_size}_{digest}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Compiler flags of the instruction set."""
+        return {
+            "avx512": ("-mavx512f", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+            "avx2": ("-mavx2", "-mfma"),
+            "portable": (),
+        }[self.isa]
+
+
+@functools.cache
+def detect_isa() -> str:
+    """The widest instruction set of this machine that kernels are written for."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith("AVX512"):
+        return "avx512"
+    return "avx2" if capability == "AVX2" else "portable"

@@ -1,0 +1,227 @@
+"""The main job on the embedded encoder: convert it, compile it, show what that bought."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..ir.cost import evaluate as cost
+from ..ir.cost import ffn_share
+from ..ir.op import select
+from ..ir.text import BlockLine
+from ..passes.base import Context, Progress, evaluate, first_tensor, real_rows, silent
+from ..passes.budget import set_tau, taus_at
+from ..passes.convert import Converted, convert, recipe
+from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out, real_tokens
+from ..passes.lift import blocks
+from .measure import agree, compare
+from .models import DEFAULT, load_pretrained
+
+SHAPES = ((1, 16), (1, 64), (8, 64), (32, 64))
+
+
+def demo(
+    folder: Path,
+    *,
+    model: str = DEFAULT,
+    budget: str = "flops <= 0.55",
+    thorough: bool = False,
+    progress: Progress = silent,
+    passages: int | None = None,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> dict[str, Any]:
+    """Convert an encoder on the text that Python carries, and measure it on text held out.
+
+    Args:
+        folder: Where finished stages and the converted model are stored.
+        model: See :func:`load_pretrained`.
+        budget: See :func:`convert`.
+        thorough: Train some four times as long.
+        progress: Told how far a stage has come.
+        passages: Use only so many passages.
+        shapes: (batch, length) to time.
+
+    Returns:
+        Everything that the report shows, JSON-serialisable.
+    """
+    from .. import __version__
+    from .store import save
+
+    start = time.monotonic()
+    loaded = load_pretrained(model)
+    text = embedded_text()[:passages]
+    train, test = hold_out(text, min(800, len(text) // 4))
+    train, chosen = hold_out(train, min(400, len(train) // 4))
+    data = batches(loaded.tokenizer, train)
+    held = batches(loaded.tokenizer, chosen, batch_tokens=8192)
+    tests = batches(loaded.tokenizer, test, batch_tokens=8192)
+    converted = convert(
+        loaded.model,
+        data,
+        held_out=held,
+        budget=budget,
+        passes=recipe(budget, thorough=thorough),
+        folder=folder / ("thorough" if thorough else "stages"),
+        progress=progress,
+    )
+    save(converted.model, folder / "model", data[0])
+    context = Context(converted.teacher, data, held)
+    quality = evaluate(converted.model, context, tests)
+    progress("measure", 1, 3, "quality against cost")
+    curve = quality_curve(converted.model, context, tests)
+    progress("measure", 2, 3, "latency")
+    latency = time_encoder(loaded.model, converted.model, loaded.tokenizer, test, shapes)
+    progress("measure", 3, 3)
+    return {
+        "skimp": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": model,
+        "budget": budget,
+        "thorough": thorough,
+        "text": {
+            "train_tokens": count_tokens(data),
+            "test_passages": len(test),
+            "test_tokens": count_tokens(tests),
+        },
+        "quality": asdict(quality),
+        "flops": whole_model_flops(converted, tests[0], quality.experts),
+        "curve": curve,
+        "layers": layers(converted.model, tests),
+        "latency": latency,
+        "blocks": [str(BlockLine.of(n, b)) for n, b in blocks(converted.model).items()],
+        "history": converted.history,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def quality_curve(
+    gm: GraphModule,
+    context: Context,
+    data: Sequence[Batch],
+    shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+) -> list[dict[str, float]]:
+    """Quality at several shares of active experts; tau is put back afterwards."""
+    before = {n: float(b.tau) for n, b in blocks(gm).items()}
+    points = []
+    for share, taus in zip(shares, taus_at(gm, context, shares), strict=True):
+        set_tau(gm, taus)
+        q = evaluate(gm, context, data)
+        points.append(dict(share=share, flops=q.flops, cosine=q.cosine, overlap=q.overlap))
+    set_tau(gm, before)
+    return points
+
+
+def whole_model_flops(
+    converted: Converted, batch: Batch, experts: dict[str, float]
+) -> dict[str, float]:
+    """FLOPs of the whole model per real token, dense and converted, routers included."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        dense_copy = _all_dense(converted.teacher)
+        dense_copy(**batch)
+    tokens = batch["input_ids"].numel()
+    dense = counter.get_total_flops() / tokens
+    found = blocks(converted.model)
+    ffn = sum(cost("dense_flops", b) for b in found.values())
+    share = ffn_share(experts, found)
+    return {
+        "dense": dense,
+        "converted": dense - ffn * (1 - share),
+        "ffn_dense": ffn,
+        "ffn_share": share,
+        "whole_share": 1 - ffn * (1 - share) / dense,
+    }
+
+
+def _all_dense(gm: GraphModule) -> GraphModule:
+    import copy
+
+    result = copy.deepcopy(gm)
+    for block in blocks(result).values():
+        block.dense = True
+    return result
+
+
+def layers(gm: GraphModule, data: Sequence[Batch]) -> list[dict[str, Any]]:
+    """Sparsity of each block, and the distribution of k over tokens."""
+    mask: Tensor | None = None
+    seen: dict[str, list[tuple[Tensor, float]]] = {n: [] for n in blocks(gm)}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        block = blocks(gm)[name]
+
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = real_rows(args[0], mask)
+            k = select(block.router(x), block.tau).sum(-1)
+            seen[name].append((k, float((block.hidden(x) == 0).float().mean())))
+
+        return look
+
+    handles = [b.register_forward_pre_hook(hook(n)) for n, b in blocks(gm).items()]
+    try:
+        with torch.no_grad():
+            for batch in data[:4]:
+                mask = real_tokens(batch)
+                gm(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = []
+    for name, block in blocks(gm).items():
+        k = torch.cat([k for k, _ in seen[name]]).float()
+        counts = torch.histc(k, bins=24, min=0, max=block.experts)
+        result.append(
+            {
+                "name": name,
+                "zeros": sum(z for _, z in seen[name]) / len(seen[name]),
+                "tau": float(block.tau),
+                "dense": block.dense,
+                "experts": block.experts,
+                "k_mean": float(k.mean()),
+                "k_std": float(k.std()),
+                "k_histogram": (counts / counts.sum()).tolist(),
+            }
+        )
+    return result
+
+
+def time_encoder(
+    dense: nn.Module,
+    converted: GraphModule,
+    tokenizer: Any,
+    text: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    *,
+    seconds: float = 3.0,
+) -> list[dict[str, Any]]:
+    """Time the converted model against the dense one, eager and compiled, at each shape."""
+    torch._dynamo.reset()
+    baseline = torch.compile(dense, dynamic=True)
+    fast = torch.compile(converted, backend="skimp", dynamic=True)
+    rows = []
+    for batch, length in shapes:
+        inputs = exactly(tokenizer, text, batch, length)
+        calls = {
+            "eager": lambda inputs=inputs: dense(**inputs),
+            "torch.compile": lambda inputs=inputs: baseline(**inputs),
+            "skimp": lambda inputs=inputs: fast(**inputs),
+        }
+        with torch.no_grad():
+            agree(first_tensor(fast(**inputs)), first_tensor(converted(**inputs)), "compiled", 1e-3)
+        result = compare(calls, "skimp", seconds=seconds)
+        rows.append({"batch": batch, "length": length, **result.as_dict()})
+    return rows
+
+
+def exactly(tokenizer: Any, text: Sequence[str], batch: int, length: int) -> Batch:
+    """A batch of real text with exactly this shape and no padding."""
+    ids = [i for passage in text for i in tokenizer(passage, add_special_tokens=False)["input_ids"]]
+    tokens = torch.tensor((ids * (1 + batch * length // len(ids)))[: batch * length])
+    tokens = tokens.view(batch, length)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

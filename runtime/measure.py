@@ -1,0 +1,98 @@
+"""Time calls against each other: interleaved, with spread, and never if outputs disagree."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import VerificationError
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per call: the median and the quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        """Summarise at least two measurements."""
+        low, median, high = statistics.quantiles(seconds, n=4)
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Calls timed in turn.
+
+    Attributes:
+        timings: By name.
+        speedup: How many times as fast ``subject`` is as each of the others: the median of the
+            ratios of neighbouring runs, with its quartiles.
+    """
+
+    subject: str
+    timings: dict[str, Timing]
+    speedup: dict[str, Timing]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def compare(
+    calls: Mapping[str, Callable[[], Any]],
+    subject: str,
+    *,
+    seconds: float = 2.0,
+    least: int = 7,
+    most: int = 200,
+) -> Comparison:
+    """Time calls one after the other, round by round.
+
+    Args:
+        calls: By name; each is warm after two calls.
+        subject: The one that the others are compared with.
+        seconds: About how long to measure.
+        least: At least this many rounds.
+        most: At most this many rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for call in calls.values():
+            call(), call()
+        end = time.perf_counter() + seconds
+        rounds = 0
+        while rounds < least or (time.perf_counter() < end and rounds < most):
+            for name, call in calls.items():
+                call()  # once unmeasured: the caches are its own, not its predecessor's
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+            rounds += 1
+    speedup = {
+        name: Timing.of([a / b for a, b in zip(times[name], times[subject], strict=True)])
+        for name in calls
+        if name != subject
+    }
+    return Comparison(subject, {n: Timing.of(t) for n, t in times.items()}, speedup)
+
+
+def agree(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
+    """Refuse to time calls that compute different things.
+
+    Raises:
+        VerificationError: The relative error is larger than the tolerance.
+    """
+    error = float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
+    if not error <= tolerance:
+        raise VerificationError(
+            f"{what}: outputs differ by {error:.2e}, more than {tolerance:.0e}; a speedup would "
+            "mean nothing"
+        )
