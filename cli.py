@@ -102,7 +102,9 @@ def explain(model: Model = "minilm", as_json: AsJson = False) -> None:
     from .runtime.models import load_pretrained
 
     loaded = load_pretrained(model)
-    example = dict(loaded.tokenizer(["one short text", "another of its kind"], return_tensors="pt"))
+    example = dict(
+        loaded.tokenizer(["one short text", "another"], padding=True, return_tensors="pt")
+    )
     found = run(loaded.model, example)
     if as_json:
         print(json.dumps(asdict(found)))  # noqa: T201

@@ -105,7 +105,7 @@ def quality_curve(
     gm: GraphModule,
     context: Context,
     data: Sequence[Batch],
-    shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0),
 ) -> list[dict[str, float]]:
     """Quality at several shares of active experts; tau is put back afterwards."""
     before = {n: float(b.tau) for n, b in blocks(gm).items()}
@@ -224,4 +224,5 @@ def exactly(tokenizer: Any, text: Sequence[str], batch: int, length: int) -> Bat
     ids = [i for passage in text for i in tokenizer(passage, add_special_tokens=False)["input_ids"]]
     tokens = torch.tensor((ids * (1 + batch * length // len(ids)))[: batch * length])
     tokens = tokens.view(batch, length)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    filled = {"input_ids": tokens, "token_type_ids": torch.zeros_like(tokens)}
+    return {n: filled.get(n, torch.ones_like(tokens)) for n in tokenizer.model_input_names}
