@@ -106,7 +106,7 @@ class Recover(Pass):
         embeddings = _embedding_weights(gm)
         body = [p for p in gm.parameters() if id(p) not in held and id(p) not in embeddings]
         groups = [dict(params=body, lr=self.lr), dict(params=routers, lr=self.router_lr)]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         peaks = [self.lr, self.router_lr]
         generator = torch.Generator().manual_seed(context.seed)
         stream, start = cycle(context.train), time.monotonic()

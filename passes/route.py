@@ -64,7 +64,7 @@ class Route(Pass):
                 # Start at the size of the labels, or the first hundred steps only find it.
                 scores = block.router(x[:4096]).mean().clamp_min(1e-12)
                 block.router.up.weight.mul_(norms.mean() / scores)
-            optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr)
+            optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr, fused=True)
             loss = torch.tensor(0.0)
             with trainable(gm, list(block.router.parameters())):
                 for step in range(self.steps):

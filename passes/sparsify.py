@@ -70,7 +70,8 @@ class Sparsify(Pass):
             for n, b in students.items()
         }
         optimizers = {
-            n: torch.optim.Adam(p, lr=self.lr, betas=(0.9, 0.99)) for n, p in trained.items()
+            n: torch.optim.Adam(p, lr=self.lr, betas=(0.9, 0.99), fused=True)
+            for n, p in trained.items()
         }
         generator = torch.Generator().manual_seed(context.seed)
         stream, done, start = cycle(context.train), 0, time.monotonic()
