@@ -96,7 +96,7 @@ class Budget(Pass):
         low, high = 0.0, 1.0
         tried: list[dict[str, Any]] = []
         if kind == "flops":  # aim a little below, since other text will differ a little
-            low = high = max(0.0, wanted - 0.01 - _router_share(gm))
+            low = high = max(0.0, wanted - 0.006 - _router_share(gm))
         while True:
             share = (low + high) / 2
             taus = taus_at(gm, context, [share])[0]
