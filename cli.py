@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -213,6 +214,7 @@ def _existing(path: Path) -> Path:
 
 def main() -> None:
     """Run the command line; errors of ours are a message, not a traceback."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch warns of its own pytree
     try:
         app()
     except SkimpError as error:

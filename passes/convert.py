@@ -55,8 +55,8 @@ def recipe(budget: str = "flops <= 0.55", *, thorough: bool = False) -> list[Pas
         Relufy(),
         Sparsify(tokens=450_000 if thorough else 130_000),
         Split(),
-        Route(steps=1500 if thorough else 600),
-        Recover(share=max(0.05, share), steps=800 if thorough else 165),
+        Route(steps=1500 if thorough else 800),
+        Recover(share=max(0.05, share), steps=800 if thorough else 150),
         Budget(target=budget),
         Choose(),
     ]
