@@ -1,173 +1,13 @@
 // A feed-forward network that runs, for each row, the experts whose score is not below
-// tau * max(scores). Weights are read where PyTorch keeps them; nothing is packed.
+// tau * max(scores). Weights are read where PyTorch keeps them.
 //
 // Many rows: threads take blocks of rows. Within a block every expert has the list of its rows,
-// made by counting. Neurons are taken in groups whose slice of w_out stays in the first cache.
-// Few rows: threads take experts; each weight is read once for all rows that need it.
+// made by counting. Few rows: threads take experts; each weight is read once for all rows that
+// need it. Either way experts are run in groups, so that a row of y is read and written once per
+// group, and the weights that come next are fetched while others are used.
 //
-// In the second product a neuron whose activation is exactly zero is left out, row by row: after
-// ReLU most are, even within the experts that run.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#include <omp.h>
-
-typedef float vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t vu __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint16_t vh __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-
-#ifdef STORAGE_BF16
-typedef uint16_t stored;
-#else
-typedef float stored;
-#endif
-
-static inline float widen(float v) { return v; }
-static inline float widen(uint16_t v) {
-  uint32_t bits = uint32_t(v) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-static inline void narrow(float v, float* to) { *to = v; }
-static inline void narrow(float v, uint16_t* to) {  // round to nearest, ties to even; keep NaN
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  *to = v != v ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-static inline vf load(const float* p) { return *(const vf*)p; }
-static inline vf load(const uint16_t* p) {
-  return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16);
-}
-static inline vf splat(float v) { return v - vf{}; }
-static inline float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
-}
-
-// Branch-free, so that the compiler turns loops over them into vectors; NaN stays NaN.
-static inline float exp_(float x) {
-  float c = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  float n = std::nearbyint(c * 1.44269504f);
-  float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits = (int32_t(n == n ? n : 0.0f) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  float y = p * scale;
-  y = x > 88.0f ? INFINITY : y;
-  return x < -87.0f ? 0.0f : y;
-}
-static inline float erf_(float v) {  // odd rational fit on [-4, 4], error below 1e-6
-  float x = v < -4.0f ? -4.0f : (v > 4.0f ? 4.0f : v), s = x * x;
-  float p = -2.72614225801306e-10f;
-  p = p * s + 2.77068142495902e-08f;
-  p = p * s - 2.10102402082508e-06f;
-  p = p * s - 5.69250639462346e-05f;
-  p = p * s - 7.34990630326855e-04f;
-  p = p * s - 2.95459980854025e-03f;
-  p = p * s - 1.60960333262415e-02f;
-  float q = -1.45660718464996e-05f;
-  q = q * s - 2.13374055278905e-04f;
-  q = q * s - 1.68282697438203e-03f;
-  q = q * s - 7.37332916720468e-03f;
-  q = q * s - 1.42647390514189e-02f;
-  return x * p / q;
-}
-static inline float act(float v) {
-  if (ACT == 1) return v < 0 ? 0.0f : v;  // "not below", so that NaN passes
-  if (ACT == 2) return 0.5f * v * (1.0f + erf_(v * 0.70710678f));
-  if (ACT == 3) {
-    float u = 0.79788456f * (v + 0.044715f * v * v * v);
-    return v - v / (1.0f + exp_(2.0f * u));
-  }
-  if (ACT == 4) return v / (1.0f + exp_(-v));
-  return v;
-}
-
-// out[r * stride + n] = x[r] . w[n], R rows by N neurons; the sums live in registers.
-template <int R, int N, class W>
-static inline __attribute__((always_inline)) void dots(const float* const* x, const W* w,
-                                                       float* const* out) {
-  vf a[R][N];
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) a[r][n] = vf{};
-  for (long k = 0; k + LANES <= D; k += LANES) {
-    vf v[R];
-    for (int r = 0; r < R; r++) v[r] = load(x[r] + k);
-    for (int n = 0; n < N; n++) {
-      vf u = load(w + n * D + k);
-      for (int r = 0; r < R; r++) a[r][n] += v[r] * u;
-    }
-  }
-  constexpr long tail = D / LANES * LANES;
-  for (int r = 0; r < R; r++) {
-    int n = 0;
-#if defined(__AVX2__)
-    if (LANES == 8)
-      for (; n + 4 <= N; n += 4) {  // four sums at once
-        __m256 s = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a[r][n], (__m256)a[r][n + 1]),
-                                  _mm256_hadd_ps((__m256)a[r][n + 2], (__m256)a[r][n + 3]));
-        _mm_storeu_ps(out[r] + n,
-                      _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-      }
-#endif
-    for (; n < N; n++) out[r][n] = sum(a[r][n]);
-    if (tail < D)
-      for (n = 0; n < N; n++)
-        for (long k = tail; k < D; k++) out[r][n] += x[r][k] * widen(w[n * D + k]);
-  }
-}
-
-// One expert's neurons for R rows.
-template <int R, class W>
-static inline void neurons(const float* const* x, const W* w, float* const* out) {
-  constexpr int N = R == 1 ? (E % 8 == 0 ? 8 : E % 6 == 0 ? 6 : 4) : R == 2 ? 6 : R == 3 ? 4 : 3;
-  float* to[R];
-  long n = 0;
-  for (; n + N <= E; n += N) {
-    for (int r = 0; r < R; r++) to[r] = out[r] + n;
-    dots<R, N>(x, w + n * D, to);
-  }
-  if constexpr (N > 4 && E % N >= 4)
-    for (; n + 4 <= E; n += 4) {
-      for (int r = 0; r < R; r++) to[r] = out[r] + n;
-      dots<R, 4>(x, w + n * D, to);
-    }
-  if constexpr (N > 2 && E % N >= 2)
-    for (; n + 2 <= E; n += 2) {
-      for (int r = 0; r < R; r++) to[r] = out[r] + n;
-      dots<R, 2>(x, w + n * D, to);
-    }
-  for (; n < E; n++) {
-    for (int r = 0; r < R; r++) to[r] = out[r] + n;
-    dots<R, 1>(x, w + n * D, to);
-  }
-}
-
-template <class W>
-static inline void neurons_of(long count, const float* const* x, const W* w, float* const* out) {
-  constexpr int R = E % 4 == 0 ? 3 : 4;
-  long r = 0;
-  for (; r + R <= count; r += R) neurons<R>(x + r, w, out + r);
-  if (count - r >= 3) neurons<3>(x + r, w, out + r), r += 3;
-  if (count - r >= 2) neurons<2>(x + r, w, out + r), r += 2;
-  if (count - r >= 1) neurons<1>(x + r, w, out + r);
-}
-
+// After ReLU a neuron whose activation is exactly zero is left out of the second product, row by
+// row: most are, even within the experts that run.
 struct Args {
   const stored *x, *scores, *w_in, *b_in, *w_gate, *b_gate, *w_out, *b_out;
   stored* y;
@@ -177,12 +17,14 @@ struct Args {
 constexpr long EXPERTS = D_FF / E;
 
 // Biases and the activation of one expert's neurons in one row; h holds x . w_in on entry.
-static inline void finish(const Args& a, long expert, float* h, const float* gate) {
+static inline void finish(const Args& a, long expert, float* __restrict h,
+                          const float* __restrict gate) {
+#pragma omp simd
   for (long n = 0; n < E; n++) {
     long i = expert * E + n;
     float up = h[n] + (B_IN ? widen(a.b_in[i]) : 0.0f);
-    if (GATED) h[n] = act(gate[n] + (B_GATE ? widen(a.b_gate[i]) : 0.0f)) * up;
-    else h[n] = act(up);
+    if (GATED) h[n] = act<ACT>(gate[n] + (B_GATE ? widen(a.b_gate[i]) : 0.0f)) * up;
+    else h[n] = act<ACT>(up);
   }
 }
 
@@ -204,75 +46,168 @@ static inline bool runs(const Args& a, long row, long e, float t) {
   return !(widen(a.scores[row * EXPERTS + e]) < t);
 }
 
-// y[0:D_OUT] += sum over a row's live neurons h * w_out; V vectors of y stay in registers.
-template <int V, class W>
-static inline void add_columns(float* y, const W* w, const int32_t* live, const float* h,
-                               long count) {
-  vf s[V];
-  for (int v = 0; v < V; v++) s[v] = load(y + v * LANES);
+// Columns [0, V * LANES) of y += sum over neurons of h * w_out, R rows that share their neurons;
+// the sums stay in registers.
+template <int R, int V, long STRIDE, class W>
+static inline void add_columns(float* const* y, const W* w, const int32_t* live,
+                               const float* const* h, long count) {
+  vf s[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) s[r][v] = load(y[r] + v * LANES);
   for (long i = 0; i < count; i++) {
-    const W* row = w + (long)live[i] * D_OUT;
-    vf u = splat(h[i]);
-    for (int v = 0; v < V; v++) s[v] += u * load(row + v * LANES);
+    const W* row = w + (long)live[i] * STRIDE;
+    if constexpr (R == 1) {
+      vf u = splat(h[0][i]);
+      for (int v = 0; v < V; v++) s[0][v] += u * load(row + v * LANES);
+    } else {
+      vf u[V];
+      for (int v = 0; v < V; v++) u[v] = load(row + v * LANES);
+      for (int r = 0; r < R; r++) {
+        vf f = splat(h[r][i]);
+        for (int v = 0; v < V; v++) s[r][v] += f * u[v];
+      }
+    }
   }
-  for (int v = 0; v < V; v++) *(vf*)(y + v * LANES) = s[v];
-}
-template <class W>
-static inline void add_tail(float* y, const W* w, const int32_t* live, const float* h, long count,
-                            long c) {
-  for (; c + LANES <= D_OUT; c += LANES) add_columns<1>(y + c, w + c, live, h, count);
-  for (; c < D_OUT; c++)
-    for (long i = 0; i < count; i++) y[c] += h[i] * widen(w[(long)live[i] * D_OUT + c]);
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) *(vf*)(y[r] + v * LANES) = s[r][v];
 }
 constexpr int WIDE = 12;  // vectors of y in registers; 16 registers less a weight and a factor
-
-// Which of n activations are not zero: their places and values.
-static inline long compress(const float* h, long n, int32_t* live, float* value) {
-  long count = 0;
-  for (long i = 0; i < n; i++) {
-    live[count] = int32_t(i);
-    value[count] = h[i];
-    count += h[i] != 0;
-  }
-  return count;
-}
-
-static void store_rows(const Args& a, const float* y, long first, long count) {
-  for (long r = 0; r < count; r++)
-    for (long c = 0; c < D_OUT; c++)
-      narrow(y[r * D_OUT + c] + (B_OUT ? widen(a.b_out[c]) : 0.0f),
-             a.y + (first + r) * D_OUT + c);
-}
-
-template <class T>
-struct Buffer {  // aligned scratch; a failed allocation is reported, not thrown through C
-  T* p;
-  explicit Buffer(long n) : p((T*)std::aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64)) {}
-  ~Buffer() { std::free(p); }
-  Buffer(const Buffer&) = delete;
-};
 
 constexpr long EXPERTS_PER_GROUP = E >= 64 ? 1 : 64 / E;
 constexpr long GROUP = EXPERTS_PER_GROUP * E;
 constexpr long BLOCK = 128;
+constexpr long FEW = 32;
+constexpr bool SKIP_ZEROS = ACT == 1;
+
+// What one thread needs to run groups of experts for at most `block` rows.
+struct Scratch {
+  Buffer<float> h, gate, value, packed;
+  Buffer<int32_t> live;
+  int32_t counts[BLOCK];
+  explicit Scratch(long block)
+      : h(block * E), gate(GATED ? block * E : 1), value(block * GROUP),
+        packed(std::max(E * D, GROUP * WIDE * LANES)), live(block * GROUP) {}
+  bool ok() const { return h.p && gate.p && value.p && packed.p && live.p; }
+};
+
+// Second product of a group: y[r] += the row's live neurons. PACK copies the columns at hand to
+// where their rows are adjacent, which spares the first cache conflicts; few rows do not repay it.
+template <bool PACK, int V>
+static void columns(const Args& a, Scratch& s, const int32_t* ids, long experts, long count,
+                    float* y, long c) {
+  constexpr long COLS = V * LANES;
+  if constexpr (PACK)
+    for (long e = 0; e < experts; e++)
+      for (long n = 0; n < E; n++) {
+        const stored* from = a.w_out + (ids[e] * E + n) * D_OUT + c;
+        float* to = s.packed.p + (e * E + n) * COLS;
+        for (int v = 0; v < V; v++) *(vf*)(to + v * LANES) = load(from + v * LANES);
+      }
+  auto add = [&](auto rows, auto wide, long r, long from) {
+    constexpr int R = decltype(rows)::value, N = decltype(wide)::value;
+    float* to[R];
+    const float* h[R];
+    for (int i = 0; i < R; i++) {
+      to[i] = y + (r + i) * D_OUT + c + from;
+      h[i] = s.value.p + (r + i) * GROUP;
+    }
+    const int32_t* live = s.live.p + r * GROUP;
+    if constexpr (PACK) add_columns<R, N, COLS>(to, s.packed.p + from, live, h, s.counts[r]);
+    else add_columns<R, N, D_OUT>(to, a.w_out + c + from, live, h, s.counts[r]);
+  };
+  using std::integral_constant;
+  for (long r = 0; r < count;) {
+    bool shared = V % 3 == 0 && !SKIP_ZEROS && r + 4 <= count;
+    for (long i = 0; shared && i < 4; i++) shared = s.counts[r + i] == experts * E;
+    if (shared) {  // four rows that need all of the group read its weights once
+      for (long v = 0; v + 3 <= V; v += 3)
+        add(integral_constant<int, 4>(), integral_constant<int, 3>(), r, v * LANES);
+      r += 4;
+    } else {
+      if (s.counts[r]) add(integral_constant<int, 1>(), integral_constant<int, V>(), r, 0);
+      r++;
+    }
+  }
+}
+
+// y += what the experts ids[0:experts] add. rows_of(j) are the rows that run the j-th, of
+// sizes[j]; `next` runs after these.
+template <bool PACK, class Rows>
+static void group(const Args& a, Scratch& s, const int32_t* ids, long experts, long count,
+                  const float* x, float* y, Rows rows_of, long next) {
+  std::fill(s.counts, s.counts + count, 0);
+  for (long j = 0; j < experts; j++) {
+    const long e = ids[j], following = j + 1 < experts ? ids[j + 1] : next;
+    const uint16_t* rows;
+    const long n = rows_of(j, rows);
+    const float* from[BLOCK];
+    float *to[BLOCK], *gates[BLOCK];
+    for (long i = 0; i < n; i++) {
+      from[i] = x + rows[i] * D;
+      to[i] = s.h.p + i * E;
+      gates[i] = s.gate.p + i * E;
+    }
+    const long bytes = E * D * sizeof(stored), calls = n / 3;
+    auto project = [&](const stored* w, float* const* out, Fetch fetch) {
+      if constexpr (PACK && sizeof(stored) == 2) {
+        for (long i = 0; i < E * D; i++) s.packed.p[i] = widen(w[i]);
+        neurons_of<E>(n, from, (const float*)s.packed.p, out, fetch);
+      } else {
+        neurons_of<E>(n, from, w, out, fetch);
+      }
+    };
+    const Fetch in_rows(a.w_in + following * E * D, bytes, calls);
+    if (GATED) {
+      project(a.w_gate + e * E * D, gates, in_rows);
+      project(a.w_in + e * E * D, to, Fetch(a.w_gate + following * E * D, bytes, calls));
+    } else {
+      project(a.w_in + e * E * D, to, in_rows);
+    }
+    for (long i = 0; i < n; i++) {
+      finish(a, e, to[i], gates[i]);
+      const long r = rows[i];
+      long k = s.counts[r];
+      int32_t* live = s.live.p + r * GROUP;
+      float* value = s.value.p + r * GROUP;
+      for (long m = 0; m < E; m++) {
+        live[k] = int32_t(PACK ? j * E + m : e * E + m);
+        value[k] = to[i][m];
+        k += SKIP_ZEROS ? to[i][m] != 0 : 1;
+      }
+      s.counts[r] = int32_t(k);
+    }
+  }
+  long c = 0;
+  for (; c + WIDE * LANES <= D_OUT; c += WIDE * LANES)
+    columns<PACK, WIDE>(a, s, ids, experts, count, y, c);
+  for (; c + 4 * LANES <= D_OUT; c += 4 * LANES)
+    columns<PACK, 4>(a, s, ids, experts, count, y, c);
+  for (; c + LANES <= D_OUT; c += LANES) columns<PACK, 1>(a, s, ids, experts, count, y, c);
+  for (; c < D_OUT; c++)
+    for (long r = 0; r < count; r++)
+      for (long i = 0; i < s.counts[r]; i++) {
+        const long m = s.live.p[r * GROUP + i], neuron = PACK ? ids[m / E] * E + m % E : m;
+        y[r * D_OUT + c] += s.value.p[r * GROUP + i] * widen(a.w_out[neuron * D_OUT + c]);
+      }
+}
 
 static int many_rows(const Args& a, int threads) {
-  const long block = std::min(BLOCK, std::max(1L, (a.rows + threads - 1) / threads));
-  const long blocks = (a.rows + block - 1) / block;
+  const long turns = (a.rows + threads * BLOCK - 1) / (threads * BLOCK);
+  const long blocks = std::min(a.rows, turns * threads), block = (a.rows + blocks - 1) / blocks;
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    Buffer<float> y(block * D_OUT), h(block * GROUP), gate(block * GROUP), value(block * GROUP);
-    Buffer<int32_t> live(block * GROUP);
-    Buffer<uint16_t> lists(EXPERTS * block);
-    Buffer<int32_t> sizes(EXPERTS);
-    Buffer<float> wide(sizeof(stored) == 2 ? block * D + GROUP * (D > D_OUT ? D : D_OUT) : 1);
-    if (!y.p || !h.p || !gate.p || !value.p || !live.p || !lists.p || !sizes.p || !wide.p) {
+    Scratch s(block);
+    Buffer<float> y(block * D_OUT), wide(sizeof(stored) == 2 ? block * D : 1);
+    Buffer<uint16_t> lists(EXPERTS * block + 1);
+    Buffer<int32_t> sizes(EXPERTS), active(EXPERTS);
+    if (!s.ok() || !y.p || !wide.p || !lists.p || !sizes.p || !active.p) {
       failed = 1;
     } else {
 #pragma omp for schedule(dynamic, 1)
       for (long b = 0; b < blocks; b++) {
         const long first = b * block, count = std::min(block, a.rows - first);
+        if (count <= 0) continue;
         std::fill(sizes.p, sizes.p + EXPERTS, 0);
         for (long r = 0; r < count; r++) {
           const float t = threshold(a, first + r);
@@ -281,135 +216,83 @@ static int many_rows(const Args& a, int threads) {
             sizes.p[e] += runs(a, first + r, e, t);
           }
         }
-        const float* x;
-        float* spare = wide.p;
-        if constexpr (sizeof(stored) == 2) {
+        long some = 0;
+        for (long e = 0; e < EXPERTS; e++) {
+          active.p[some] = int32_t(e);
+          some += sizes.p[e] > 0;
+        }
+        const float* x = wide.p;
+        if constexpr (sizeof(stored) == 2)
           for (long i = 0; i < count * D; i++) wide.p[i] = widen(a.x[first * D + i]);
-          x = wide.p;
-          spare += block * D;
-        } else {
-          x = (const float*)(a.x + first * D);
-        }
+        else x = (const float*)(a.x + first * D);
         std::memset(y.p, 0, count * D_OUT * sizeof(float));
-        for (long g = 0; g < EXPERTS; g += EXPERTS_PER_GROUP) {
-          const long end = std::min(EXPERTS, g + EXPERTS_PER_GROUP);
-          std::memset(h.p, 0, count * GROUP * sizeof(float));
-          for (long e = g; e < end; e++) {
-            const long n = sizes.p[e];
-            if (n == 0) continue;
-            const float* from[BLOCK];
-            float *to[BLOCK], *gates[BLOCK];
-            for (long i = 0; i < n; i++) {
-              const long r = lists.p[e * block + i];
-              from[i] = x + r * D;
-              to[i] = h.p + r * GROUP + (e - g) * E;
-              gates[i] = gate.p + r * GROUP + (e - g) * E;
-            }
-            if constexpr (sizeof(stored) == 2) {
-              for (long i = 0; i < E * D; i++) spare[i] = widen(a.w_in[e * E * D + i]);
-              neurons_of(n, from, (const float*)spare, to);
-              if (GATED) {
-                for (long i = 0; i < E * D; i++) spare[i] = widen(a.w_gate[e * E * D + i]);
-                neurons_of(n, from, (const float*)spare, gates);
-              }
-            } else {
-              neurons_of(n, from, a.w_in + e * E * D, to);
-              if (GATED) neurons_of(n, from, a.w_gate + e * E * D, gates);
-            }
-            for (long i = 0; i < n; i++) finish(a, e, to[i], gates[i]);
-          }
-          const long width = (end - g) * E;
-          int32_t counts[BLOCK];
-          for (long r = 0; r < count; r++)
-            counts[r] = int32_t(
-                compress(h.p + r * GROUP, width, live.p + r * GROUP, value.p + r * GROUP));
-          auto second = [&](auto* w) {
-            long c = 0;
-            for (; c + WIDE * LANES <= D_OUT; c += WIDE * LANES)
-              for (long r = 0; r < count; r++)
-                add_columns<WIDE>(y.p + r * D_OUT + c, w + c, live.p + r * GROUP,
-                                  value.p + r * GROUP, counts[r]);
-            for (; c + 4 * LANES <= D_OUT; c += 4 * LANES)
-              for (long r = 0; r < count; r++)
-                add_columns<4>(y.p + r * D_OUT + c, w + c, live.p + r * GROUP,
-                               value.p + r * GROUP, counts[r]);
-            if (c < D_OUT)
-              for (long r = 0; r < count; r++)
-                add_tail(y.p + r * D_OUT, w, live.p + r * GROUP, value.p + r * GROUP, counts[r],
-                         c);
+        for (long g = 0; g < some; g += EXPERTS_PER_GROUP) {
+          const long n = std::min(EXPERTS_PER_GROUP, some - g);
+          const auto rows_of = [&](long j, const uint16_t*& rows) -> long {
+            rows = lists.p + active.p[g + j] * block;
+            return sizes.p[active.p[g + j]];
           };
-          if constexpr (sizeof(stored) == 2) {
-            for (long i = 0; i < width * D_OUT; i++) spare[i] = widen(a.w_out[g * E * D_OUT + i]);
-            second((const float*)spare);
-          } else {
-            second(a.w_out + g * E * D_OUT);
-          }
+          const long next = g + n < some ? active.p[g + n] : 0;
+          group<true>(a, s, active.p + g, n, count, x, y.p, rows_of, next);
         }
-        store_rows(a, y.p, first, count);
+        for (long r = 0; r < count; r++)
+          for (long c = 0; c < D_OUT; c++)
+            narrow(y.p[r * D_OUT + c] + (B_OUT ? widen(a.b_out[c]) : 0.0f),
+                   a.y + (first + r) * D_OUT + c);
       }
     }
   }
   return failed;
 }
 
-constexpr long FEW = 16;
-
 static int few_rows(const Args& a, int threads) {
   const long size = a.rows * D_OUT;
-  Buffer<float> y(size * threads), x(a.rows * D);
+  Buffer<float> y(size * threads), x(sizeof(stored) == 2 ? a.rows * D : 1);
   Buffer<int32_t> active(EXPERTS);
   if (!y.p || !x.p || !active.p) return 1;
   float t[FEW];
   for (long r = 0; r < a.rows; r++) t[r] = threshold(a, r);
-  long count = 0;
+  long some = 0;
   for (long e = 0; e < EXPERTS; e++) {
     bool any = false;
     for (long r = 0; r < a.rows; r++) any |= runs(a, r, e, t[r]);
-    active.p[count] = int32_t(e);
-    count += any;
+    active.p[some] = int32_t(e);
+    some += any;
   }
-  for (long i = 0; i < a.rows * D; i++) x.p[i] = widen(a.x[i]);
-#pragma omp parallel num_threads(threads)
+  const float* from = x.p;
+  if constexpr (sizeof(stored) == 2)
+    for (long i = 0; i < a.rows * D; i++) x.p[i] = widen(a.x[i]);
+  else from = (const float*)a.x;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     const int me = omp_get_thread_num(), all = omp_get_num_threads();
     float* mine = y.p + me * size;
     std::memset(mine, 0, size * sizeof(float));
-    float h[FEW][E], gate[FEW][E], value[E];
-    int32_t live[E];
-    for (long i = count * me / all; i < count * (me + 1) / all; i++) {
-      const long e = active.p[i];
-      const float* from[FEW];
-      float *to[FEW], *gates[FEW];
-      long row[FEW], n = 0;
-      for (long r = 0; r < a.rows; r++)
-        if (runs(a, r, e, t[r])) {
-          from[n] = x.p + r * D;
-          to[n] = h[n];
-          gates[n] = gate[n];
-          row[n++] = r;
-        }
-      neurons_of(n, from, a.w_in + e * E * D, to);
-      if (GATED) neurons_of(n, from, a.w_gate + e * E * D, gates);
-      const stored* w = a.w_out + e * E * D_OUT;
-      for (long j = 0; j < n; j++) {
-        finish(a, e, h[j], gate[j]);
-        const long lives = compress(h[j], E, live, value);
-        if (lives == 0) continue;
-        float* to_y = mine + row[j] * D_OUT;
-        long c = 0;
-        for (; c + 4 * LANES <= D_OUT; c += 4 * LANES)
-          add_columns<4>(to_y + c, w + c, live, value, lives);
-        if (c < D_OUT) add_tail(to_y, w, live, value, lives, c);
-      }
+    Scratch s(a.rows);
+    failed = !s.ok();
+    const long end = some * (me + 1) / all;
+    for (long g = some * me / all; g < end && !failed; g += EXPERTS_PER_GROUP) {
+      const long n = std::min(EXPERTS_PER_GROUP, end - g);
+      uint16_t list[FEW];
+      const auto rows_of = [&](long j, const uint16_t*& rows) -> long {
+        long k = 0;
+        for (long r = 0; r < a.rows; r++)
+          if (runs(a, r, active.p[g + j], t[r])) list[k++] = uint16_t(r);
+        rows = list;
+        return k;
+      };
+      const long next = g + n < end ? active.p[g + n] : active.p[g];
+      group<false>(a, s, active.p + g, n, a.rows, from, mine, rows_of, next);
     }
 #pragma omp barrier
-    for (long i = size * me / all; i < size * (me + 1) / all; i++) {
-      float total = B_OUT ? widen(a.b_out[i % D_OUT]) : 0.0f;
-      for (int k = 0; k < all; k++) total += y.p[k * size + i];
-      narrow(total, a.y + i);
+    for (long r = size * me / all; r < size * (me + 1) / all; r++) {
+      float total = B_OUT ? widen(a.b_out[r % D_OUT]) : 0.0f;
+      for (int k = 0; k < all; k++) total += y.p[k * size + r];
+      narrow(total, a.y + r);
     }
   }
-  return 0;
+  return failed;
 }
 
 // Returns 0, or 1 when memory ran out.

@@ -4,17 +4,20 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...ir.errors import CompileError
 from ...ir.op import reference, use_cpu_kernel
 from .build import build
 from .emit import emit
-from .spec import KernelSpec, detect_isa
+from .spec import KernelSpec, LinearSpec, detect_isa
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FEW_ROWS = 64
 _fallbacks: dict[str, int] = {}
 
 
@@ -104,8 +107,58 @@ def _spec(
     )
 
 
-def _plain(reason: str, *args: object) -> Tensor:
+@functools.cache
+def linear_kernel(spec: LinearSpec) -> Callable[..., int]:
+    """The compiled function of a spec.
+
+    Raises:
+        CompileError: See :func:`skimp.codegen.cpp.build.build`.
+    """
+    function = build(emit(spec), spec.name, spec.flags).linear
+    function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32]
+    function.restype = ctypes.c_int
+    return cast(Callable[..., int], function)
+
+
+def linear_cpu(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """A dense linear layer, ``w`` as in :func:`torch.nn.functional.linear`, fast for few rows.
+
+    More than 64 rows, other dtypes and machines without a compiler go to PyTorch.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    same = w.dtype is x.dtype and (b is None or b.dtype is x.dtype)
+    if rows > FEW_ROWS or x.dtype not in _DTYPES or not same or x.device.type != "cpu":
+        return F.linear(x, w, b)
+    try:
+        run = linear_kernel(
+            LinearSpec(w.shape[1], w.shape[0], b is not None, _DTYPES[x.dtype], detect_isa())
+        )
+    except CompileError as error:
+        _warn(str(error), "skimp::linear")
+        return F.linear(x, w, b)
+    x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
+    y = x.new_empty((*x.shape[:-1], w.shape[0]))
+    bias = None if b is None else b.data_ptr()
+    if run(x.data_ptr(), w.data_ptr(), bias, y.data_ptr(), rows, torch.get_num_threads()):
+        raise MemoryError(f"no memory for the scratch of {rows} rows of a linear layer")
+    return y
+
+
+linear = torch.library.custom_op("skimp::linear", linear_cpu, mutates_args=())
+"""Inference only: :func:`linear_cpu` as an op that survives capture."""
+
+
+@linear.register_fake
+def _(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def _warn(reason: str, op: str = "skimp::dynk_ffn") -> None:
     if reason not in _fallbacks:
-        warnings.warn(f"skimp::dynk_ffn runs its plain reference: {reason}", stacklevel=3)
+        warnings.warn(f"{op} runs its plain reference: {reason}", stacklevel=4)
     _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
+
+
+def _plain(reason: str, *args: object) -> Tensor:
+    _warn(reason)
     return reference(*args).contiguous()  # type: ignore[arg-type]

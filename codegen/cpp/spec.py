@@ -6,6 +6,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": (),
+}
+LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
@@ -43,11 +50,36 @@ class KernelSpec:
     @property
     def flags(self) -> tuple[str, ...]:
         """Compiler flags of the instruction set."""
-        return {
-            "avx512": ("-mavx512f", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
-            "avx2": ("-mavx2", "-mfma"),
-            "portable": (),
-        }[self.isa]
+        return FLAGS[self.isa]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """The same for a dense linear layer of few rows.
+
+    Attributes:
+        d, d_out: Widths.
+        bias: There is one.
+        dtype: ``float32`` or ``bfloat16``, of the storage; accumulation is float32.
+        isa: ``avx512``, ``avx2`` or ``portable``.
+    """
+
+    d: int
+    d_out: int
+    bias: bool
+    dtype: str
+    isa: str
+
+    @property
+    def name(self) -> str:
+        """Readable and unique."""
+        kind = "linear_bias" if self.bias else "linear"
+        return f"{kind}_{self.d}_{self.d_out}_{self.dtype}_{self.isa}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Compiler flags of the instruction set."""
+        return FLAGS[self.isa]
 
 
 @functools.cache

@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.cpp import build as builder
-from skimp.codegen.cpp.emit import emit
+from skimp.codegen.cpp.emit import emit, head
 from skimp.codegen.cpp.kernels import dynk_ffn_cpu, fallbacks, install, kernel
-from skimp.codegen.cpp.spec import KernelSpec, detect_isa
+from skimp.codegen.cpp.spec import KernelSpec, LinearSpec, detect_isa
 from skimp.ir import dynk_ffn, reference
 from skimp.ir.errors import CompileError
 from skimp.ir.op import use_cpu_kernel
@@ -167,16 +168,40 @@ def test_the_op_is_served_once_installed():
         install()
 
 
-def test_the_generated_text():
-    spec = KernelSpec("silu", True, False, False, True, 8, 576, 1536, 576, "bfloat16", "avx2")
-    head = emit(spec).partition("\n// A feed-forward")[0]
-    assert head.splitlines()[1:] == [
-        "constexpr long D = 576;", "constexpr long D_FF = 1536;", "constexpr long D_OUT = 576;",
-        "constexpr long E = 8;", "constexpr long LANES = 8;", "constexpr long ACT = 4;",
-        "constexpr bool GATED = true;", "constexpr bool B_IN = false;",
-        "constexpr bool B_GATE = false;", "constexpr bool B_OUT = true;", "#define STORAGE_BF16",
-    ]  # fmt: skip
+SPECS = {
+    "ffn": KernelSpec("silu", True, False, False, True, 8, 576, 1536, 576, "bfloat16", "avx2"),
+    "linear": LinearSpec(384, 1536, True, "float32", "portable"),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_generated_text(name):
+    path = Path(__file__).parents[1] / "golden" / "cpp" / f"{name}.expected"
+    got = head(SPECS[name])
+    assert emit(SPECS[name]).startswith(got)
+    if os.environ.get("SKIMP_UPDATE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(got)
+    assert got == path.read_text()
     assert detect_isa() in ("avx512", "avx2", "portable")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d", "d_out", "bias"), [(13, 7, True), (40, 35, False)])
+def test_linear(d, d_out, bias, dtype):
+    for rows in (0, 1, 3, 64, 65):
+        x, w = torch.randn(rows, d).to(dtype), torch.randn(d_out, d).to(dtype)
+        b = torch.randn(d_out).to(dtype) if bias else None
+        want = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
+        got = torch.ops.skimp.linear(x, w, b)
+        assert got.dtype == dtype
+        torch.testing.assert_close(
+            got.double(),
+            want,
+            rtol=1e-5 if dtype == torch.float32 else 2e-2,
+            atol=1e-4 if dtype == torch.float32 else 6e-2,
+        )
+    torch.library.opcheck(torch.ops.skimp.linear.default, (x[:3], w, b))
 
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
