@@ -76,7 +76,7 @@ constexpr int WIDE = 12;  // vectors of y in registers; 16 registers less a weig
 constexpr long EXPERTS_PER_GROUP = E >= 64 ? 1 : 64 / E;
 constexpr long GROUP = EXPERTS_PER_GROUP * E;
 constexpr long BLOCK = 128;
-constexpr long FEW = 32;
+constexpr long FEW = 64;
 constexpr bool SKIP_ZEROS = ACT == 1;
 
 // What one thread needs to run groups of experts for at most `block` rows.

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,54 +67,103 @@ def dynk_ffn_cpu(
     are left out of the second product. Other dtypes, and machines without a compiler, run the
     reference, with a warning the first time.
     """
-    args = (x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out)
-    tensors = [t for i, t in enumerate(args) if t is not None and i != 2]
-    if x.dtype not in _DTYPES or any(t.dtype is not x.dtype for t in tensors):
-        return _plain(f"dtype {x.dtype}", *args, expert_size, act)
-    spec = _spec(
-        act, w_gate is not None, b_in is not None, b_gate is not None, b_out is not None,
-        expert_size, *w_in.shape, w_out.shape[1], x.dtype,
+    shape, others = x.shape, scores.shape
+    key = (
+        act, expert_size, x.dtype, shape[-1], others[-1], w_in.shape, w_out.shape,
+        scores.dtype, scores.is_cpu, w_in.dtype, w_in.is_cpu, w_out.dtype, w_out.is_cpu,
+        None if b_in is None else (b_in.dtype, b_in.shape),
+        None if w_gate is None else (w_gate.dtype, w_gate.shape),
+        None if b_gate is None else (b_gate.dtype, b_gate.shape),
+        None if b_out is None else (b_out.dtype, b_out.shape),
+        shape[:-1] == others[:-1],
     )  # fmt: skip
-    try:
-        run = kernel(spec)
-    except CompileError as error:
-        return _plain(str(error), *args, expert_size, act)
-    held = [t.contiguous() for t in tensors]  # keeps copies alive during the call
-    pointers = iter(held)
-    p = [next(pointers).data_ptr() if t is not None else None for i, t in enumerate(args) if i != 2]
-    y = torch.empty((*x.shape[:-1], w_out.shape[1]), dtype=x.dtype)
-    rows = x.numel() // x.shape[-1]
-    if run(p[0], p[1], float(tau), *p[2:], y.data_ptr(), rows, torch.get_num_threads()):
-        raise MemoryError(f"no memory for the scratch of {rows} rows of {spec.name}")
+    run = _prepared.get(key)
+    if run is None:
+        run = _prepared[key] = _prepare(
+            x, scores, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act
+        )
+    if isinstance(run, str):
+        return _plain(
+            run, x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act
+        )
+    x, scores = x.contiguous(), scores.contiguous()  # names keep copies alive during the call
+    w_in, w_out = w_in.contiguous(), w_out.contiguous()
+    b_in = None if b_in is None else b_in.contiguous()
+    w_gate = None if w_gate is None else w_gate.contiguous()
+    b_gate = None if b_gate is None else b_gate.contiguous()
+    b_out = None if b_out is None else b_out.contiguous()
+    y = x.new_empty((*shape[:-1], w_out.shape[1]))
+    rows = x.numel() // shape[-1]
+    if run(
+        x.data_ptr(),
+        scores.data_ptr(),
+        float(tau),
+        w_in.data_ptr(),
+        None if b_in is None else b_in.data_ptr(),
+        None if w_gate is None else w_gate.data_ptr(),
+        None if b_gate is None else b_gate.data_ptr(),
+        w_out.data_ptr(),
+        None if b_out is None else b_out.data_ptr(),
+        y.data_ptr(),
+        rows,
+        torch.get_num_threads(),
+    ):
+        raise MemoryError(f"no memory for the scratch of {rows} rows of skimp::dynk_ffn")
     return y
 
 
-@functools.cache
-def _spec(
-    act: str,
-    gated: bool,
-    b_in: bool,
-    b_gate: bool,
-    b_out: bool,
+_prepared: dict[tuple[Any, ...], Callable[..., int] | str] = {}
+
+
+def _prepare(
+    x: Tensor,
+    scores: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
     expert_size: int,
-    d_ff: int,
-    d: int,
-    d_out: int,
-    dtype: torch.dtype,
-) -> KernelSpec:
-    return KernelSpec(
-        act, gated, b_in, b_gate, b_out, expert_size, d, d_ff, d_out, _DTYPES[dtype], detect_isa()
+    act: str,
+) -> Callable[..., int] | str:
+    """The kernel for such arguments, or why there is none. Kernels trust what is checked here."""
+    tensors = [t for t in (x, scores, w_in, b_in, w_gate, b_gate, w_out, b_out) if t is not None]
+    if x.dtype not in _DTYPES or any(t.dtype is not x.dtype for t in tensors):
+        return f"dtype {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+    if not all(t.is_cpu for t in tensors):
+        return "weights that are not on the CPU"
+    (d_ff, d), d_out, experts = w_in.shape, w_out.shape[1], scores.shape[-1]
+    fits = (
+        min(d_ff, d, d_out) > 0
+        and experts * expert_size == d_ff
+        and x.shape[-1] == d
+        and x.shape[:-1] == scores.shape[:-1]
+        and w_out.shape[0] == d_ff
+        and all(t is None or t.shape == (d_ff,) for t in (b_in, b_gate))
+        and (w_gate is None or w_gate.shape == w_in.shape)
+        and (b_gate is None or w_gate is not None)
+        and (b_out is None or b_out.shape == (d_out,))
     )
+    if not fits:
+        return "shapes that do not fit one another, or are empty"
+    spec = KernelSpec(
+        act, w_gate is not None, b_in is not None, b_gate is not None, b_out is not None,
+        expert_size, d, d_ff, d_out, _DTYPES[x.dtype], detect_isa(),
+    )  # fmt: skip
+    try:
+        return kernel(spec)
+    except CompileError as error:
+        return str(error)
 
 
 @functools.cache
-def linear_kernel(spec: LinearSpec) -> Callable[..., int]:
-    """The compiled function of a spec.
-
-    Raises:
-        CompileError: See :func:`skimp.codegen.cpp.build.build`.
-    """
-    function = build(emit(spec), spec.name, spec.flags).linear
+def _linear_kernel(spec: LinearSpec) -> Callable[..., int] | str:
+    """The compiled function of a spec, or why there is none."""
+    try:
+        function = build(emit(spec), spec.name, spec.flags).linear
+    except CompileError as error:
+        return str(error)
     function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32]
     function.restype = ctypes.c_int
     return cast(Callable[..., int], function)
@@ -126,15 +175,15 @@ def linear_cpu(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     More than 64 rows, other dtypes and machines without a compiler go to PyTorch.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    same = w.dtype is x.dtype and (b is None or b.dtype is x.dtype)
-    if rows > FEW_ROWS or x.dtype not in _DTYPES or not same or x.device.type != "cpu":
+    same = all(t is None or (t.dtype is x.dtype and t.is_cpu) for t in (x, w, b))
+    fits = x.shape[-1] == w.shape[-1] and w.dim() == 2 and (b is None or b.shape == w.shape[:1])
+    if rows > FEW_ROWS or x.dtype not in _DTYPES or not (same and fits) or 0 in w.shape:
         return F.linear(x, w, b)
-    try:
-        run = linear_kernel(
-            LinearSpec(w.shape[1], w.shape[0], b is not None, _DTYPES[x.dtype], detect_isa())
-        )
-    except CompileError as error:
-        _warn(str(error), "skimp::linear")
+    run = _linear_kernel(
+        LinearSpec(w.shape[1], w.shape[0], b is not None, _DTYPES[x.dtype], detect_isa())
+    )
+    if isinstance(run, str):
+        _warn(run, "skimp::linear")
         return F.linear(x, w, b)
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
     y = x.new_empty((*x.shape[:-1], w.shape[0]))

@@ -157,6 +157,29 @@ def test_other_dtypes_run_the_reference_and_say_so():
     module._fallbacks.clear()
 
 
+@pytest.mark.parametrize("name", ["x", "scores", "w_in", "b_in", "w_out", "b_out"])
+def test_shapes_that_do_not_fit_never_reach_a_kernel(name):
+    args = make(CASES[2], 3)
+    args[name] = args[name][..., 1:]
+    with pytest.warns(UserWarning, match="do not fit"), pytest.raises((RuntimeError, ValueError)):
+        dynk_ffn_cpu(*args.values())
+    forget()
+
+
+def test_scores_that_broadcast_run_the_reference():
+    args = make(CASES[2], 3)
+    args["scores"] = args["scores"][:1]
+    with pytest.warns(UserWarning, match="do not fit"):
+        assert torch.equal(dynk_ffn_cpu(*args.values()), reference(**args))
+    forget()
+
+
+def forget():
+    import skimp.codegen.cpp.kernels as module
+
+    module._fallbacks.clear()
+
+
 def test_the_op_is_served_once_installed():
     args = make(CASES[2], 30)
     served = dynk_ffn(*args.values())
