@@ -18,6 +18,11 @@ from .spec import KernelSpec, LinearSpec, detect_isa
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FEW_ROWS = 64
+ARGUMENTS = [
+    *[ctypes.c_void_p] * 2, ctypes.c_float, *[ctypes.c_void_p] * 7, ctypes.c_int64, ctypes.c_int32,
+]  # fmt: skip
+"""Of the compiled function: x, scores, tau, the weights, y, rows, threads."""
+
 _fallbacks: dict[str, int] = {}
 
 
@@ -40,10 +45,7 @@ def kernel(spec: KernelSpec) -> Callable[..., int]:
     """
     library = build(emit(spec), spec.name, spec.flags)
     function = library.dynk_ffn
-    pointer = ctypes.c_void_p
-    function.argtypes = [
-        *[pointer] * 2, ctypes.c_float, *[pointer] * 7, ctypes.c_int64, ctypes.c_int32,
-    ]  # fmt: skip
+    function.argtypes = ARGUMENTS
     function.restype = ctypes.c_int
     return function
 

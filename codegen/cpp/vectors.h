@@ -44,6 +44,14 @@ static inline float sum(vf v) {
   return total;
 }
 
+#if defined(__AVX2__)
+static inline __m256 fold(vf v) {  // eight lanes with the same sum
+  __m256 half[sizeof(vf) / 32];
+  std::memcpy(half, &v, sizeof v);
+  return LANES == 8 ? half[0] : half[0] + half[sizeof(vf) / 32 - 1];
+}
+#endif
+
 // Branch-free, so that the compiler turns loops over them into vectors; NaN stays NaN.
 static inline float exp_(float x) {
   float c = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
@@ -130,13 +138,12 @@ static inline __attribute__((always_inline)) void dots(const float* const* x, co
   for (int r = 0; r < R; r++) {
     int n = 0;
 #if defined(__AVX2__)
-    if (LANES == 8)
-      for (; n + 4 <= N; n += 4) {  // four sums at once
-        __m256 s = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a[r][n], (__m256)a[r][n + 1]),
-                                  _mm256_hadd_ps((__m256)a[r][n + 2], (__m256)a[r][n + 3]));
-        _mm_storeu_ps(out[r] + n,
-                      _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-      }
+    for (; n + 4 <= N; n += 4) {  // four sums at once
+      __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(fold(a[r][n]), fold(a[r][n + 1])),
+                                _mm256_hadd_ps(fold(a[r][n + 2]), fold(a[r][n + 3])));
+      _mm_storeu_ps(out[r] + n,
+                    _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    }
 #endif
     for (; n < N; n++) out[r][n] = sum(a[r][n]);
     if (tail < D)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.cpp import build as builder
 from skimp.codegen.cpp.emit import emit, head
-from skimp.codegen.cpp.kernels import dynk_ffn_cpu, fallbacks, install, kernel
-from skimp.codegen.cpp.spec import KernelSpec, LinearSpec, detect_isa
+from skimp.codegen.cpp.kernels import ARGUMENTS, dynk_ffn_cpu, fallbacks, install, kernel
+from skimp.codegen.cpp.spec import FLAGS, KernelSpec, LinearSpec, detect_isa
 from skimp.ir import dynk_ffn, reference
 from skimp.ir.errors import CompileError
 from skimp.ir.op import use_cpu_kernel
@@ -141,6 +142,36 @@ def test_the_portable_text_computes_the_same(rows):
     p = [None if args[k] is None else args[k].data_ptr() for k in names]
     assert kernel(spec)(p[0], p[1], 0.3, *p[2:], y.data_ptr(), rows, 2) == 0
     assert torch.allclose(y, reference(**args), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_the_wide_text_computes_the_same(rows):
+    """The text for AVX-512, whose vectors a compiler halves for machines without."""
+    if detect_isa() == "portable":
+        pytest.skip("the wide text folds its sums with AVX2")
+    args = make(CASES[2], rows)
+    spec = KernelSpec("relu", False, True, False, True, 8, 40, 32, 104, "float32", "avx512")
+    run = builder.build(emit(spec), "wide", FLAGS["avx2"]).dynk_ffn
+    run.argtypes = ARGUMENTS
+    p = [None if args[k] is None else args[k].data_ptr()
+         for k in ("x", "scores", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")]  # fmt: skip
+    y = torch.empty(rows, 104)
+    assert run(p[0], p[1], 0.3, *p[2:], y.data_ptr(), rows, 2) == 0
+    assert torch.allclose(y, reference(**args), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ffn", "linear"])
+def test_the_text_for_avx512_compiles(name, tmp_path):
+    spec = replace(SPECS[name], isa="avx512")
+    source = tmp_path / "kernel.cpp"
+    source.write_text(emit(spec))
+    command = [*builder.compiler(), *builder._FLAGS, *spec.flags, "-c", str(source)]
+    got = subprocess.run(
+        [*command, "-o", str(tmp_path / "k.o")], capture_output=True, text=True, check=False
+    )
+    if "unrecognized" in got.stderr:
+        pytest.skip("a compiler for another architecture")
+    assert got.returncode == 0, got.stderr
 
 
 def test_other_dtypes_run_the_reference_and_say_so():
