@@ -30,6 +30,8 @@ CASES = [
     (8, 128, 8, 64, False, False, "identity"),
 ]
 
+POINTERS = ("x", "scores", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
+
 
 def make(case, rows, dtype=torch.float32, seed=0, share=0.5):
     d, d_ff, d_out, e, gated, bias, act = case
@@ -153,8 +155,7 @@ def test_the_wide_text_computes_the_same(rows):
     spec = KernelSpec("relu", False, True, False, True, 8, 40, 32, 104, "float32", "avx512")
     run = builder.build(emit(spec), "wide", FLAGS["avx2"]).dynk_ffn
     run.argtypes = ARGUMENTS
-    p = [None if args[k] is None else args[k].data_ptr()
-         for k in ("x", "scores", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")]  # fmt: skip
+    p = [None if args[k] is None else args[k].data_ptr() for k in POINTERS]
     y = torch.empty(rows, 104)
     assert run(p[0], p[1], 0.3, *p[2:], y.data_ptr(), rows, 2) == 0
     assert torch.allclose(y, reference(**args), atol=1e-5)
