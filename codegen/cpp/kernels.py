@@ -18,7 +18,7 @@ from .spec import KernelSpec, LinearSpec, detect_isa
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FEW_ROWS = 64
-ARGUMENTS = [
+ARGUMENTS: list[Any] = [
     *[ctypes.c_void_p] * 2, ctypes.c_float, *[ctypes.c_void_p] * 7, ctypes.c_int64, ctypes.c_int32,
 ]  # fmt: skip
 """Of the compiled function: x, scores, tau, the weights, y, rows, threads."""
