@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from skimp.codegen.cpp.kernels import dynk_ffn_cpu
 from skimp.ir import reference
-from skimp.runtime.measure import agree, compare
+from skimp.ir.measure import agree, compare
 from torch.nn import functional as F
 
 SHAPES = [(384, 1536, False), (768, 3072, False), (576, 1536, True), (2048, 8192, True)]

@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from skimp.ir.measure import agree, compare
 from skimp.passes.base import first_tensor
 from skimp.passes.data import embedded_text
 from skimp.runtime.demo import SHAPES, exactly
-from skimp.runtime.measure import agree, compare
 from skimp.runtime.models import load_pretrained
 from skimp.runtime.store import load
 

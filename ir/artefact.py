@@ -133,8 +133,7 @@ def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
     for name, settings in index["blocks"].items():
         block = found[name]
         block.act, block.dense = str(settings["act"]), bool(settings["dense"])
-        if block.expert_size != settings["expert_size"]:
-            block.expert_size = int(settings["expert_size"])
+        block.expert_size = int(settings["expert_size"])
         width, experts = int(settings["router_width"]), block.experts
         if block.router.up.weight.shape != (experts, width):
             block.router = type(block.router)(block.d, width, experts).to(block.w_in.dtype)

@@ -136,11 +136,15 @@ class DynkFFN(nn.Module):
         """Hidden activations of every expert, ``[.., d_ff]``."""
         return op.hidden(x, self.w_in, self.b_in, self.w_gate, self.b_gate, self.act)
 
+    def project(self, h: Tensor) -> Tensor:
+        """The second projection and its bias: ``[.., d_ff] -> [.., d_out]``."""
+        y = h @ self.w_out
+        return y if self.b_out is None else y + self.b_out
+
     def forward(self, x: Tensor) -> Tensor:
         """``[.., d] -> [.., d_out]`` through the experts that the router selects."""
         if self.dense:
-            y = self.hidden(x) @ self.w_out
-            return y if self.b_out is None else y + self.b_out
+            return self.project(self.hidden(x))
         return op.dynk_ffn(  # type: ignore[no-any-return]
             x,
             self.router(x),

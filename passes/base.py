@@ -11,7 +11,9 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..ir.block import DynkFFN
+from ..ir.cost import ffn_share
 from ..ir.errors import CalibrationError
+from ..ir.op import select
 from .data import Batch, real_tokens
 from .lift import blocks
 
@@ -25,6 +27,11 @@ class Progress(Protocol):
 
 def silent(stage: str, done: float, total: float, note: str = "") -> None:
     """Report nothing."""
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold NaN or infinity; buffers, such as masks, may."""
+    return [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
 
 
 def first_tensor(outputs: Any) -> Tensor:
@@ -57,7 +64,7 @@ class Context:
         output: From a model's output and the batch to what its user reads, ``[rows, m]``.
         progress: Told how far a stage has come.
         seed: Of every random choice.
-        kept: The teacher's outputs for the data last asked for, by its identity.
+        kept: The data last asked for, and the teacher's outputs for it.
     """
 
     teacher: GraphModule
@@ -66,7 +73,7 @@ class Context:
     output: Callable[[Any, Batch], Tensor] = pooled
     progress: Progress = silent
     seed: int = 0
-    kept: tuple[int, Tensor] | None = None
+    kept: tuple[Sequence[Batch], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
@@ -109,28 +116,42 @@ def capture(gm: nn.Module, data: Sequence[Batch], limit: int | None = None) -> d
         limit: Stop after this many rows (of the first block).
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in blocks(gm)}
+    count = 0
+    for _ in watch(gm, data, lambda name, _, x: rows[name].append(x)):
+        count += len(next(iter(rows.values()))[-1])
+        if limit is not None and count >= limit:
+            break
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def watch(
+    gm: nn.Module, data: Sequence[Batch], look: Callable[[str, DynkFFN, Tensor], None]
+) -> Iterator[tuple[Batch, Any]]:
+    """Run a model without gradients and show what enters each block.
+
+    Args:
+        gm: A model with blocks.
+        data: Batches, run in order.
+        look: Called with a block's name, the block, and its input's rows of real tokens.
+
+    Yields:
+        Each batch with the model's output.
+    """
     mask: Tensor | None = None
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows[name].append(real_rows(args[0].detach(), mask))
+    def hook(name: str, block: DynkFFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: look(name, block, real_rows(args[0].detach(), mask))
 
-        return hook
-
-    handles = [b.register_forward_pre_hook(keep(n)) for n, b in blocks(gm).items()]
-    count = 0
+    handles = [b.register_forward_pre_hook(hook(n, b)) for n, b in blocks(gm).items()]
     try:
-        with torch.no_grad():
-            for batch in data:
-                mask = real_tokens(batch)
-                gm(**batch)
-                count += len(next(iter(rows.values()))[-1])
-                if limit is not None and count >= limit:
-                    break
+        for batch in data:
+            mask = real_tokens(batch)
+            with torch.no_grad():
+                outputs = gm(**batch)
+            yield batch, outputs
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -214,8 +235,6 @@ def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Qualit
     """Compare a model with its teacher."""
     want = reference_outputs(context, data)
     got, chosen = outputs_and_experts(gm, context, data)
-    from ..ir.cost import ffn_share
-
     return Quality(
         float(F.cosine_similarity(got, want, dim=-1).mean()),
         neighbour_overlap(got, want),
@@ -226,11 +245,10 @@ def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Qualit
 
 def reference_outputs(context: Context, data: Sequence[Batch]) -> Tensor:
     """The teacher's outputs, ``[rows, m]``."""
-    key = id(data)
-    if context.kept is None or context.kept[0] != key:
+    if context.kept is None or context.kept[0] is not data:
         with torch.no_grad():
             found = torch.cat([context.output(context.teacher(**b), b) for b in data])
-        context.kept = (key, found)
+        context.kept = (data, found)
     return context.kept[1]
 
 
@@ -238,30 +256,14 @@ def outputs_and_experts(
     gm: GraphModule, context: Context, data: Sequence[Batch]
 ) -> tuple[Tensor, dict[str, float]]:
     """A model's outputs ``[rows, m]``, and the mean experts per row of each block."""
-    from ..ir.op import select
-
     total: dict[str, float] = dict.fromkeys(blocks(gm), 0.0)
     rows: dict[str, int] = dict.fromkeys(blocks(gm), 0)
-    mask: Tensor | None = None
 
-    def count(name: str, block: DynkFFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = real_rows(args[0], mask)
-            total[name] += float(select(block.router(x), block.tau).sum())
-            rows[name] += len(x)
+    def count(name: str, block: DynkFFN, x: Tensor) -> None:
+        total[name] += float(select(block.router(x), block.tau).sum())
+        rows[name] += len(x)
 
-        return hook
-
-    handles = [b.register_forward_pre_hook(count(n, b)) for n, b in blocks(gm).items()]
-    outputs = []
-    try:
-        with torch.no_grad():
-            for batch in data:
-                mask = real_tokens(batch)
-                outputs.append(context.output(gm(**batch), batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    outputs = [context.output(out, batch) for batch, out in watch(gm, data, count)]
     return torch.cat(outputs), {name: total[name] / max(rows[name], 1) for name in total}
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from ..ir.cost import evaluate as cost
 from .base import Context, Pass, PassResult, capture, evaluate
 from .lift import blocks
-from .recover import relative_quantile
+from .recover import relative, relative_quantile
 
 _TARGET = re.compile(r"\s*(cosine|flops)\s*(>=|<=)\s*(0?\.\d+|1(?:\.0*)?|0)\s*")
 
@@ -69,8 +69,7 @@ def taus_at(gm: GraphModule, context: Context, shares: Sequence[float]) -> list[
     result: list[dict[str, float]] = [{} for _ in shares]
     for name, block in blocks(gm).items():
         with torch.no_grad():
-            scores = block.router(inputs[name])
-            ratio = scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)
+            ratio = relative(block.router(inputs[name]))
         for taus, share in zip(result, shares, strict=True):
             exact = relative_quantile(ratio, share, sample=4096)
             taus[name] = 0.0 if share >= 1 else min(1.0, float(exact))

@@ -1,8 +1,5 @@
 """Keep a block only where it is measured to be faster than the dense network."""
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +9,8 @@ from torch.fx import GraphModule
 
 from ..ir.block import DynkFFN
 from ..ir.cost import Curves
+from ..ir.measure import compare
+from ..ir.op import select
 from .base import Context, Pass, PassResult, capture
 from .lift import blocks
 
@@ -41,7 +40,12 @@ class Choose(Pass):
             for rows in self.rows:
                 x = inputs[name]
                 x = x.repeat(-(-rows // len(x)), 1)[:rows].contiguous()
-                dense, dynk = _pair(block, x, self.repeats)
+                calls = {
+                    "dense": lambda b=block, x=x: b.project(b.hidden(x)),
+                    "dynk": lambda b=block, x=x: b(x),
+                }
+                timed = compare(calls, "dynk", seconds=0, least=self.repeats).timings
+                dense, dynk = timed["dense"].median, timed["dynk"].median
                 curves.seconds[Curves.key(block, rows, None)] = dense
                 curves.seconds[Curves.key(block, rows, _share(block, x))] = dynk
                 ratios[rows] = dense / dynk
@@ -53,28 +57,5 @@ class Choose(Pass):
 
 
 def _share(block: DynkFFN, x: Tensor) -> float:
-    from ..ir.op import select
-
     with torch.no_grad():
         return float(select(block.router(x), block.tau).float().mean())
-
-
-def _pair(block: DynkFFN, x: Tensor, repeats: int) -> tuple[float, float]:
-    """Median seconds of the dense network and of the block, interleaved."""
-
-    def dense() -> Tensor:
-        return block.hidden(x) @ block.w_out
-
-    def dynk() -> Tensor:
-        y: Tensor = block(x)
-        return y
-
-    def clock(call: Callable[[], Tensor]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    with torch.no_grad():
-        dense(), dynk()
-        times = [(clock(dense), clock(dynk)) for _ in range(repeats)]
-    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)

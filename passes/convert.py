@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..ir.errors import BadWeightsError, CalibrationError
-from .base import Context, Pass, Progress, pooled, silent
+from .base import Context, Pass, Progress, not_finite, pooled, silent
 from .budget import Budget, parse_target
 from .choose import Choose
 from .data import Batch
@@ -155,8 +155,7 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         BadWeightsError: Names the first parameters concerned.
     """
-    bad = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if bad:
+    if bad := not_finite(model):
         raise BadWeightsError(
             f"{len(bad)} parameters hold NaN or infinity, first {', '.join(bad[:3])}; "
             "repair the checkpoint before converting it"

@@ -223,12 +223,7 @@ def _source(node: Node, linears: dict[Node, _Linear]) -> _Source | None:
     if node.target is operator.getitem and isinstance(node.args[0], Node):
         cut, index = node.args
         assert isinstance(cut, Node)
-        is_half = cut.target in (
-            aten.chunk.default,
-            aten.split.Tensor,
-            aten.split_with_sizes.default,
-        )
-        whole = linears.get(_through(cut.args[0])) if is_half else None  # type: ignore[arg-type]
+        whole = linears.get(_through(cut.args[0])) if cut.target in _CUTS else None  # type: ignore[arg-type]
         dim = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
         last = dim in (-1, _rank(node) - 1)
         if whole is not None and last and len(cut.users) == 2 and _width(node) * 2 == whole.d_out:

@@ -1,7 +1,6 @@
 """Run passes in order: copy, apply, verify, record; store each finished stage and go on from it."""
 
 import copy
-import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from ..ir import artefact
 from ..ir.cost import write_atomically
 from ..ir.errors import ArtefactError, VerificationError
 from ..ir.text import BlockLine
-from .base import Context, Pass
+from .base import Context, Pass, not_finite
 from .data import Batch
 from .lift import blocks
 
@@ -82,14 +81,11 @@ def verify(gm: GraphModule, batch: Batch, name: str, before: Sequence[str]) -> N
     after = f" (after {', '.join(before)})" if before else ""
     try:
         gm.graph.lint()
-        bad = [n for n, p in gm.state_dict().items() if not bool(torch.isfinite(p).all())]
-        # Masks and rotary tables may hold -inf; parameters may not.
-        bad = [n for n in bad if n in dict(gm.named_parameters())]
         with torch.no_grad():
             gm(**batch)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise VerificationError(f"{name}{after} left a graph that does not run: {error}") from error
-    if bad:
+    if bad := not_finite(gm):
         raise VerificationError(
             f"{name}{after} left values that are not finite in {', '.join(bad[:5])}; "
             "repair the checkpoint, or lower the pass's learning rate"
@@ -99,7 +95,6 @@ def verify(gm: GraphModule, batch: Batch, name: str, before: Sequence[str]) -> N
 def _resume(
     gm: GraphModule, plan: Sequence[str], folder: Path | None, identity: str
 ) -> tuple[GraphModule, list[dict[str, Any]]]:
-    gm = copy.deepcopy(gm)
     if folder is None or not (folder / artefact.INDEX).exists():
         return gm, []
     try:
@@ -110,11 +105,12 @@ def _resume(
     done = [str(r["pass"]) for r in history]
     if record.get("identity") != identity or done != list(plan[: len(done)]):
         return gm, []
+    resumed = copy.deepcopy(gm)
     try:
-        artefact.read_into(folder, gm)
+        artefact.read_into(folder, resumed)
     except ArtefactError:  # damaged since: begin again rather than go on from it
-        return copy.deepcopy(gm), []
-    return gm, history
+        return gm, []
+    return resumed, history
 
 
 def _mark(gm: GraphModule, name: str) -> None:
@@ -139,8 +135,3 @@ def _dump(gm: GraphModule, index: int, name: str, seconds: float) -> None:
 def spec(passes: Sequence[Pass]) -> str:
     """The pipeline as text: the same in the record, the cache key and the command line."""
     return " | ".join(str(p) for p in passes)
-
-
-def with_options(p: Pass, **options: Any) -> Pass:
-    """A pass with some options changed."""
-    return dataclasses.replace(p, **options)

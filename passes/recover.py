@@ -51,7 +51,7 @@ class _Gated(nn.Module):
         block = self.block
         h = block.hidden(x)
         scores = block.router(x.detach())
-        ratio = (scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)).detach()
+        ratio = relative(scores.detach())
         tau = relative_quantile(real_rows(ratio, self.mask), self.share)
         with torch.no_grad():
             norms = expert_norms(block, h)
@@ -59,8 +59,12 @@ class _Gated(nn.Module):
         self.router_loss = error / real_rows(norms, self.mask).square().mean().clamp_min(1e-12)
         self.hoyer = hoyer(real_rows(h, self.mask)).mean()
         run = (ratio >= tau).repeat_interleave(block.expert_size, -1)
-        y: Tensor = (h * run) @ block.w_out
-        return y if block.b_out is None else y + block.b_out
+        return block.project(h * run)
+
+
+def relative(scores: Tensor) -> Tensor:
+    """Scores as a share of their row's largest, which is what tau is compared with."""
+    return scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)
 
 
 def relative_quantile(ratio: Tensor, share: float, sample: int = 256) -> Tensor:

@@ -80,14 +80,16 @@ class Sparsify(Pass):
         with trainable(gm, learning):
             while (fraction := self._fraction(done, start)) < 1:
                 chunk: list[Batch] = []
-                while count_tokens(chunk) < min(self.chunk, self.tokens - done):
+                held = 0
+                while held < min(self.chunk, self.tokens - done):
                     chunk.append(next(stream))
+                    held += count_tokens(chunk[-1:])
                 inputs = capture(context.teacher, chunk)
                 for name, block in students.items():
                     stats[name] = self._fit(
                         block, teachers[name], inputs[name], optimizers[name], fraction, generator
                     )
-                done += count_tokens(chunk)
+                done += held
                 mean = sum(s["zeros"] for s in stats.values()) / len(stats)
                 context.progress(self.name, done, self.tokens, f"{mean:.0%} zeros")
         return PassResult(gm, True, {"tokens": done, "blocks": stats})
@@ -105,7 +107,7 @@ class Sparsify(Pass):
         generator: torch.Generator,
     ) -> dict[str, float]:
         with torch.no_grad():
-            want = torch.cat([_dense(teacher, part) for part in x.split(4096)])
+            want = torch.cat([teacher.project(teacher.hidden(part)) for part in x.split(4096)])
             variance = want.var().clamp_min(1e-12)
         warm = min(1.0, (fraction + 0.02) * 10)
         for group in optimizer.param_groups:
@@ -116,16 +118,9 @@ class Sparsify(Pass):
             order = torch.randperm(len(x), generator=generator)
             for rows in order.split(self.batch):
                 h = block.hidden(x[rows])
-                y = h @ block.w_out
-                y = y if block.b_out is None else y + block.b_out
-                error = F.mse_loss(y, want[rows]) / variance
+                error = F.mse_loss(block.project(h), want[rows]) / variance
                 optimizer.zero_grad(set_to_none=True)
                 (error + alpha * hoyer(h).mean()).backward()
                 optimizer.step()
                 zeros = (h.detach() == 0).float().mean()
         return {"error": error.item(), "zeros": zeros.item()}
-
-
-def _dense(block: DynkFFN, x: Tensor) -> Tensor:
-    y = block.hidden(x) @ block.w_out
-    return y if block.b_out is None else y + block.b_out

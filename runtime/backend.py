@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ..codegen.cpp.kernels import install
-
 
 def skimp(
     gm: GraphModule, example_inputs: Sequence[torch.Tensor], **options: Any
@@ -22,7 +20,6 @@ def skimp(
     """
     from torch._inductor.compile_fx import compile_fx
 
-    install()
     patches = dict(options.get("options") or {})
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """The main job on the embedded encoder: convert it, compile it, show what that bought."""
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..ir.block import DynkFFN
 from ..ir.cost import evaluate as cost
 from ..ir.cost import ffn_share
+from ..ir.measure import agree, compare
 from ..ir.op import select
 from ..ir.text import BlockLine
-from ..passes.base import Context, Progress, evaluate, first_tensor, real_rows, silent
+from ..passes.base import Context, Progress, evaluate, first_tensor, silent, watch
 from ..passes.budget import set_tau, taus_at
 from ..passes.convert import Converted, convert, recipe
-from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out, real_tokens
+from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
 from ..passes.lift import blocks
-from .measure import agree, compare
 from .models import DEFAULT, load_pretrained
 
 SHAPES = ((1, 16), (1, 64), (8, 64), (32, 64))
@@ -140,8 +142,6 @@ def whole_model_flops(
 
 
 def _all_dense(gm: GraphModule) -> GraphModule:
-    import copy
-
     result = copy.deepcopy(gm)
     for block in blocks(result).values():
         block.dense = True
@@ -150,28 +150,14 @@ def _all_dense(gm: GraphModule) -> GraphModule:
 
 def layers(gm: GraphModule, data: Sequence[Batch]) -> list[dict[str, Any]]:
     """Sparsity of each block, and the distribution of k over tokens."""
-    mask: Tensor | None = None
     seen: dict[str, list[tuple[Tensor, float]]] = {n: [] for n in blocks(gm)}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        block = blocks(gm)[name]
+    def look(name: str, block: DynkFFN, x: Tensor) -> None:
+        k = select(block.router(x), block.tau).sum(-1)
+        seen[name].append((k, float((block.hidden(x) == 0).float().mean())))
 
-        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = real_rows(args[0], mask)
-            k = select(block.router(x), block.tau).sum(-1)
-            seen[name].append((k, float((block.hidden(x) == 0).float().mean())))
-
-        return look
-
-    handles = [b.register_forward_pre_hook(hook(n)) for n, b in blocks(gm).items()]
-    try:
-        with torch.no_grad():
-            for batch in data[:4]:
-                mask = real_tokens(batch)
-                gm(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for _ in watch(gm, data[:4], look):
+        pass
     result = []
     for name, block in blocks(gm).items():
         k = torch.cat([k for k, _ in seen[name]]).float()

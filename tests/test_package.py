@@ -1,5 +1,6 @@
 """What is shipped: exactly the package's modules, importable without extras in a fresh place."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,8 +15,10 @@ ROOMS = ("ir", "passes", "codegen", "runtime")
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # without what an earlier build left, which setuptools would ship again
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "out", "*.egg-info"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(out), "."]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
     return next(out.glob("skimp-*.whl"))
 
 

@@ -23,6 +23,9 @@ ARGUMENTS: list[Any] = [
 ]  # fmt: skip
 """Of the compiled function: x, scores, tau, the weights, y, rows, threads."""
 
+LINEAR_ARGUMENTS: list[Any] = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32]
+"""The same of a linear layer: x, w, b, y, rows, threads."""
+
 _fallbacks: dict[str, int] = {}
 
 
@@ -43,11 +46,14 @@ def kernel(spec: KernelSpec) -> Callable[..., int]:
     Raises:
         CompileError: See :func:`skimp.codegen.cpp.build.build`.
     """
-    library = build(emit(spec), spec.name, spec.flags)
-    function = library.dynk_ffn
-    function.argtypes = ARGUMENTS
+    return _function(spec, "dynk_ffn", ARGUMENTS)
+
+
+def _function(spec: KernelSpec | LinearSpec, name: str, arguments: list[Any]) -> Callable[..., int]:
+    function = getattr(build(emit(spec), spec.name, spec.flags), name)
+    function.argtypes = arguments
     function.restype = ctypes.c_int
-    return function
+    return cast(Callable[..., int], function)
 
 
 def dynk_ffn_cpu(
@@ -81,9 +87,8 @@ def dynk_ffn_cpu(
     )  # fmt: skip
     run = _prepared.get(key)
     if run is None:
-        run = _prepared[key] = _prepare(
-            x, scores, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act
-        )
+        weights = (w_in, b_in, w_gate, b_gate, w_out, b_out)
+        run = _prepared[key] = _prepare(x, scores, weights, expert_size, act)
     if isinstance(run, str):
         return _plain(
             run, x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act
@@ -118,19 +123,13 @@ _prepared: dict[tuple[Any, ...], Callable[..., int] | str] = {}
 
 
 def _prepare(
-    x: Tensor,
-    scores: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    expert_size: int,
-    act: str,
+    x: Tensor, scores: Tensor, weights: tuple[Tensor | None, ...], expert_size: int, act: str
 ) -> Callable[..., int] | str:
     """The kernel for such arguments, or why there is none. Kernels trust what is checked here."""
-    tensors = [t for t in (x, scores, w_in, b_in, w_gate, b_gate, w_out, b_out) if t is not None]
+    w_in, b_in, w_gate, b_gate, w_out, b_out = weights
+    assert w_in is not None
+    assert w_out is not None
+    tensors = [t for t in (x, scores, *weights) if t is not None]
     if x.dtype not in _DTYPES or any(t.dtype is not x.dtype for t in tensors):
         return f"dtype {', '.join(sorted({str(t.dtype) for t in tensors}))}"
     if not all(t.is_cpu for t in tensors):
@@ -163,12 +162,9 @@ def _prepare(
 def _linear_kernel(spec: LinearSpec) -> Callable[..., int] | str:
     """The compiled function of a spec, or why there is none."""
     try:
-        function = build(emit(spec), spec.name, spec.flags).linear
+        return _function(spec, "linear", LINEAR_ARGUMENTS)
     except CompileError as error:
         return str(error)
-    function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32]
-    function.restype = ctypes.c_int
-    return cast(Callable[..., int], function)
 
 
 def linear_cpu(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

@@ -14,8 +14,20 @@ FLAGS = {
 LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 
 
+class _Compiled:
+    """What every spec has: an instruction set, and so its flags."""
+
+    __slots__ = ()
+    isa: str
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Compiler flags of the instruction set."""
+        return FLAGS[self.isa]
+
+
 @dataclass(frozen=True, slots=True)
-class KernelSpec:
+class KernelSpec(_Compiled):
     """Everything that is constant in the text of a kernel.
 
     Attributes:
@@ -47,14 +59,9 @@ class KernelSpec:
         digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
         return f"{kind}{self.act}_{self.d}_{self.d_ff}_{self.dtype}_e{self.expert_size}_{digest}"
 
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Compiler flags of the instruction set."""
-        return FLAGS[self.isa]
-
 
 @dataclass(frozen=True, slots=True)
-class LinearSpec:
+class LinearSpec(_Compiled):
     """The same for a dense linear layer of few rows.
 
     Attributes:
@@ -75,11 +82,6 @@ class LinearSpec:
         """Readable and unique."""
         kind = "linear_bias" if self.bias else "linear"
         return f"{kind}_{self.d}_{self.d_out}_{self.dtype}_{self.isa}"
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Compiler flags of the instruction set."""
-        return FLAGS[self.isa]
 
 
 @functools.cache

@@ -6,12 +6,12 @@ import pytest
 import skimp
 from skimp.cli import app
 from skimp.ir.errors import SkimpError, VerificationError
+from skimp.ir.measure import agree, compare
 from skimp.passes.budget import Budget
 from skimp.passes.recover import Recover
 from skimp.passes.route import Route, Split
 from skimp.passes.sparsify import Relufy, Sparsify
 from skimp.runtime import demo as module
-from skimp.runtime.measure import agree, compare
 from skimp.runtime.models import load_pretrained
 from skimp.runtime.report import headline, write_report
 from typer.testing import CliRunner

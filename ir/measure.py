@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.errors import VerificationError
+from .errors import VerificationError
 
 
 @dataclass(frozen=True, slots=True)
