@@ -6,6 +6,7 @@ skimp.set_tau(converted.model, 0.1)               # quality against latency, at 
 """
 
 from .codegen.cpp.kernels import install as _install
+from .codegen.triton.kernels import install as _install_cuda
 from .ir.errors import SkimpError
 from .passes.budget import set_tau
 from .passes.convert import Converted, convert, explain, recipe
@@ -15,6 +16,7 @@ from .runtime.store import load, save
 __version__ = "0.1.0"
 
 _install()  # the op runs a compiled kernel on CPU; the first call of a shape compiles it
+_install_cuda()  # the same on CUDA, where Triton compiles it
 
 __all__ = [
     "Converted",

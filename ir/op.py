@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Activations by their name in the op. ``gelu`` is the exact form (erf)."""
 
 _CPU_KERNELS: list[Callable[..., Tensor]] = []
+_CUDA_KERNELS: list[Callable[..., Tensor]] = []
 
 
 def use_cpu_kernel(kernel: Callable[..., Tensor] | None) -> None:
@@ -32,6 +33,11 @@ def use_cpu_kernel(kernel: Callable[..., Tensor] | None) -> None:
         kernel: A function with the op's arguments that returns the op's result.
     """
     _CPU_KERNELS[:] = [] if kernel is None else [kernel]
+
+
+def use_cuda_kernel(kernel: Callable[..., Tensor] | None) -> None:
+    """The same on CUDA devices."""
+    _CUDA_KERNELS[:] = [] if kernel is None else [kernel]
 
 
 def select(scores: Tensor, tau: Tensor) -> Tensor:
@@ -44,7 +50,10 @@ def select(scores: Tensor, tau: Tensor) -> Tensor:
     Returns:
         Bool mask ``[.., E]``; every row has at least one ``True``.
     """
-    return ~(scores < tau * scores.amax(-1, keepdim=True))
+    # the product is rounded once, to the scores' dtype: PyTorch would round tau too, on GPUs only
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    limit = tau.to(wide) * scores.amax(-1, keepdim=True).to(wide)
+    return ~(scores < limit.to(scores.dtype))
 
 
 def hidden(
@@ -118,6 +127,8 @@ def dynk_ffn(
     args = (x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act)
     if _CPU_KERNELS and x.device.type == "cpu":
         return _CPU_KERNELS[0](*args)
+    if _CUDA_KERNELS and x.device.type == "cuda":
+        return _CUDA_KERNELS[0](*args)
     return reference(*args).contiguous()
 
 

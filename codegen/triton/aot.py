@@ -1,0 +1,217 @@
+"""Compile every kernel of a block for a device that need not be here, and report what it takes."""
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...ir.errors import CompileError
+from .emit import emit
+from .load import interpreting, load
+from .spec import FEW_ROWS, SPAN, Tiles, TritonSpec, default_tiles, padded
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx90a")
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
+                "gfx90a": 65536}  # fmt: skip
+"""Bytes of shared memory that one program may ask for."""
+
+MANY = 1 << 16
+_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+_MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+")
+_WIDE = re.compile(r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async\.c\w\.shared"
+                   r"\.global \S+ \S+ 0x10|global_load_dwordx4|buffer_load_dwordx4")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel as it is compiled.
+
+    Attributes:
+        name: For people: the function and what distinguishes it.
+        function: In the generated module.
+        signature: Types of its arguments, in order; constants are among them.
+        constants: Values of the constants.
+        warps, stages: See :class:`skimp.codegen.triton.spec.Tiles`.
+    """
+
+    name: str
+    function: str
+    signature: dict[str, str]
+    constants: dict[str, int]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A compiled kernel and what it takes.
+
+    Attributes:
+        kernel: Which.
+        target: For which device.
+        binary: Of a cubin or an hsaco.
+        entry: The symbol to launch.
+        shared: Bytes of shared memory.
+        registers: Per thread.
+        spills: Bytes (NVIDIA) or registers (AMD) that did not fit.
+        programs: Estimate of how many share a multiprocessor; 0 where that is not modelled.
+        matrix: The matrix instruction it uses, or an empty string.
+        wide_loads: It loads 16 bytes at a time.
+    """
+
+    kernel: Kernel
+    target: str
+    binary: bytes = field(repr=False)
+    entry: str
+    shared: int
+    registers: int
+    spills: int
+    programs: int
+    matrix: str
+    wide_loads: bool
+
+    def line(self) -> dict[str, Any]:
+        """The row of a table."""
+        known = {k: v for k, v in asdict(self).items() if k not in ("kernel", "binary")}
+        return {"kernel": self.kernel.name, "warps": self.kernel.warps, **known}
+
+
+def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
+    """Every kernel that calls of a block can launch, with default tiles."""
+    own, f32, i32 = _TYPES[spec.dtype], "*fp32", "*i32"
+    route = dict(scores=own, tau=f32)
+    first = dict(w_in=own, b_in=own, w_gate=own, b_gate=own)
+    listed = dict(x=own, lists=i32, counts=i32, tiles=i32, total=i32, **first)
+    found = []
+
+    def add(
+        function: str, arguments: dict[str, str], constants: dict[str, int], tiles: Tiles | None,
+        label: str = "",
+    ) -> None:  # fmt: skip
+        signature = arguments | {k: "constexpr" for k in constants}
+        warps, stages = (tiles.warps, tiles.stages) if tiles else (4, 3)
+        found.append(Kernel(label or function, function, signature, constants, warps, stages))
+
+    for rows in (1, FEW_ROWS):
+        tiles = fitted(default_tiles(spec, "few", rows), target)
+        sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
+        add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, done=i32, y=own,
+                        rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
+    block = max(1, 4096 // padded(spec.experts, 1))
+    add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
+    tiles = fitted(default_tiles(spec, "blocks", MANY), target)
+    add("blocks", dict(x=own, scores=own, limits=f32, **first, h=own, rows="i32"),
+        tiles.constants, tiles)  # fmt: skip
+    block = min(64, max(16, 8192 // padded(spec.experts, 1)))
+    add("route", dict(**route, counts=i32, lists=i32, rows="i32"), {"BR": block, "SPAN": SPAN},
+        None)  # fmt: skip
+    tiles = fitted(default_tiles(spec, "pairs", MANY), target)
+    sizes = {"SPAN": SPAN, **tiles.constants}
+    numbers = {"BM": tiles.rows, "PER": SPAN // tiles.rows, "BE": 128}
+    add("number", dict(counts=i32, tiles=i32, total=i32, entries="i32"), numbers,
+        Tiles(0, 0, 0, 0, 8, 3))  # fmt: skip
+    add("lists_hidden", dict(**listed, h=own), sizes, tiles)
+    add("pairs", dict(**listed, w_out=own, sums=f32), sizes, tiles)
+    add("finish", dict(sums=f32, b_out=own, y=own, n="i32"), {"BN": 2048}, None)
+    return found
+
+
+def fitted(tiles: Tiles, target: str) -> Tiles:
+    """The same tiles with a pipeline that fits the shared memory of a target."""
+    return Tiles(**(asdict(tiles) | {"stages": 2})) if target.startswith("gfx") else tiles
+
+
+def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
+    """Compile one kernel of a block.
+
+    Raises:
+        CompileError: An unknown target, Triton missing or in interpreter mode, or a kernel that
+            does not compile.
+    """
+    if target not in TARGETS:
+        raise CompileError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    if interpreting():
+        raise CompileError("nothing compiles while TRITON_INTERPRET is set; unset it")
+    module = load(emit(spec), spec.name)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    cuda = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
+    # PyTorch's allocations are aligned; that is what lets loads be 16 bytes wide
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(kernel.signature.values())
+        if kind.startswith("*") and list(kernel.signature)[i] not in ("total", "done")
+    }
+    source = ASTSource(
+        fn=getattr(module, kernel.function),
+        signature=kernel.signature,
+        constexprs=dict(kernel.constants),
+        attrs=attributes,
+    )
+    options = dict(num_warps=kernel.warps, num_stages=kernel.stages)
+    try:
+        built: Any = triton.compile(source, target=gpu, options=options)
+    except Exception as error:  # Triton raises RuntimeError and many kinds of its own
+        text = str(error).strip().splitlines()
+        raise CompileError(
+            f"{kernel.name} of {spec.name} does not compile for {target}: "
+            f"{text[0] if text else type(error).__name__}"
+        ) from error
+    text = built.asm["ptx" if cuda else "amdgcn"]
+    registers, spills = _ptxas(text, target) if cuda else _amd(text)
+    matrix = _MATRIX.search(text)
+    return Compiled(
+        kernel, target, built.asm["cubin" if cuda else "hsaco"], built.metadata.name,
+        int(built.metadata.shared), registers, spills,
+        _resident(registers, int(built.metadata.shared), kernel.warps, target) if cuda else 0,
+        matrix[0] if matrix else "", bool(_WIDE.search(text)),
+    )  # fmt: skip
+
+
+def compile_all(spec: TritonSpec, target: str) -> list[Compiled]:
+    """Compile every kernel of a block; see :func:`compile_kernel`."""
+    return [compile_kernel(spec, kernel, target) for kernel in kernels(spec, target)]
+
+
+def _ptxas(text: str, target: str) -> tuple[int, int]:
+    """Registers per thread and bytes spilled, as the assembler reports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(text)
+        named = re.search(r"^\.target (\w+)", text, re.MULTILINE)
+        arch = named[1] if named else target
+        got = subprocess.run(
+            [_assembler(target), "-v", f"--gpu-name={arch}", str(source), "-o", "/dev/null"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    registers = re.search(r"Used (\d+) registers", got.stderr)
+    if got.returncode or not registers:
+        raise CompileError(f"ptxas refused a kernel for {target}: {got.stderr.strip()[:300]}")
+    stores = re.search(r"(\d+) bytes spill stores", got.stderr)
+    return int(registers[1]), int(stores[1]) if stores else 0
+
+
+@functools.cache
+def _assembler(target: str) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return str(get_ptxas(int(target[3:])).path)
+
+
+def _amd(text: str) -> tuple[int, int]:
+    used = [int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text)]
+    spilled = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)]
+    return max(used, default=0), max(spilled, default=0)
+
+
+def _resident(registers: int, shared: int, warps: int, target: str) -> int:
+    """Programs that fit a multiprocessor: 64K registers, its shared memory, 64 warps."""
+    by_registers = 65536 // max(1, -(-registers // 8) * 8 * 32 * warps)
+    by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps)

@@ -1,0 +1,142 @@
+"""From a spec to Triton: every width a literal, only the lines that the block needs."""
+
+import re
+import textwrap
+
+from .spec import TritonSpec, padded
+from .many import BLOCKS, LISTS, PAIRS, ROUTE
+
+_ACTS = {
+    "identity": "return v",
+    "relu": "return tl.where(v < 0, 0.0, v)  # not a maximum: NaN stays NaN",
+    "gelu": "return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))",
+    "gelu_tanh": (
+        "u = 0.7978845608028654 * (v + 0.044715 * v * v * v)\n"
+        "return v * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))"
+    ),
+    "silu": "return v / (1.0 + tl.exp(-v))",
+}
+
+_HEAD = '''
+"""$name: d = $D, d_ff = $FF, d_out = $O, $E experts of $S. Generated; do not edit."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(v):
+    $act
+
+
+@triton.jit
+def limit_of(s, real, tau):
+    """Below which score [rows] an expert rests: tau * max, rounded to the dtype of the scores."""
+    wide = s.to(tl.float32)
+    most = tl.max(tl.where(real, wide, float("-inf")), 1)
+    odd = tl.max((real & (wide != wide)).to(tl.int32), 1)
+    limit = (tau * most).to(s.dtype).to(tl.float32)
+    return tl.where(odd > 0, float("nan"), limit)  # nothing is below NaN: every expert runs
+'''
+
+_FEW = '''
+@triton.jit(do_not_specialize=["rows"])
+def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, done, y, rows,
+        RP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr):
+    """A program takes BH neurons and reads the weights of those that some row needs.
+
+    sums [rows, $O] and done [1] are zero on entry; the last program to finish writes y.
+    """
+    row = tl.arange(0, RP)
+    expert = tl.arange(0, $EP)
+    real = (row < rows)[:, None] & (expert < $E)[None, :]
+    s = tl.load(scores + row[:, None] * $E + expert[None, :], mask=real, other=0.0)
+    limit = limit_of(s, (expert < $E)[None, :], tl.load(tau).to(tl.float32))
+
+    neuron = tl.program_id(0) * BH + tl.arange(0, BH)
+    valid = (row < rows)[:, None] & (neuron < $FF)[None, :]
+    mine = tl.load(scores + row[:, None] * $E + (neuron // $S)[None, :], mask=valid, other=0.0)
+    runs = valid & ((mine.to(tl.float32) < limit[:, None]) == 0)
+    need = tl.max(runs.to(tl.int32), 0) > 0
+    if tl.max(need.to(tl.int32), 0) > 0:
+        at = neuron.to(tl.int64)
+        up = tl.zeros([RP, BH], tl.float32)
+        gate = tl.zeros([RP, BH], tl.float32)  # ? gated
+        for k in range(0, $D, BK):
+            inner = k + tl.arange(0, BK)
+            here = (inner < $D)[None, :]
+            a = tl.load(x + row[:, None] * $D + inner[None, :],
+                        mask=here & (row < rows)[:, None], other=0.0)
+            b = tl.load(w_in + at[:, None] * $D + inner[None, :],
+                        mask=here & need[:, None], other=0.0)
+            g = tl.load(w_gate + at[:, None] * $D + inner[None, :],  # ? gated
+                        mask=here & need[:, None], other=0.0)  # ? gated
+            if RP == 1:
+                up += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
+                gate += tl.sum(a.to(tl.float32) * g.to(tl.float32), 1)[None, :]  # ? gated
+            else:
+                up = tl.dot(a, tl.trans(b), up$precision)
+                gate = tl.dot(a, tl.trans(g), gate$precision)  # ? gated
+        up += tl.load(b_in + neuron, mask=need, other=0.0).to(tl.float32)[None, :]  # ? b_in
+        gate += tl.load(b_gate + neuron, mask=need, other=0.0).to(tl.float32)[None, :]  # ? b_gate
+        h = activate(gate) * up  # ? gated
+        h = activate(up)  # ? plain
+        h = tl.where(runs, h, 0.0)
+        for c in range(0, $O, BO):
+            column = c + tl.arange(0, BO)
+            inside = (column < $O)[None, :]
+            w = tl.load(w_out + at[:, None] * $O + column[None, :],
+                        mask=inside & need[:, None], other=0.0)
+            if RP == 1:
+                part = tl.sum(tl.trans(h) * w.to(tl.float32), 0)[None, :]
+            else:
+                part = tl.dot(h.to(w.dtype), w$precision)
+            tl.atomic_add(sums + row[:, None] * $O + column[None, :], part,
+                          mask=inside & (row < rows)[:, None], sem="relaxed")
+    tl.debug_barrier()  # all of this program's sums are on their way before it says so
+    if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        for r in range(0, rows):
+            for c in range(0, $O, 1024):
+                column = c + tl.arange(0, 1024)
+                v = tl.load(sums + r * $O + column, mask=column < $O, other=0.0)
+                v += tl.load(b_out + column, mask=column < $O, other=0.0).to(tl.float32)  # ? b_out
+                tl.store(y + r * $O + column, v, mask=column < $O)
+'''
+
+
+def emit(spec: TritonSpec) -> str:
+    """The complete module of one block: a selection, and every way of running what it selects."""
+    values = {
+        "name": spec.name,
+        "D": spec.d,
+        "FF": spec.d_ff,
+        "O": spec.d_out,
+        "E": spec.experts,
+        "EP": padded(spec.experts, 1),
+        "S": spec.expert_size,
+        "precision": f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
+        "act": textwrap.indent(_ACTS[spec.act], "    ").lstrip(),
+    }
+    flags = {
+        "gated": spec.gated,
+        "plain": not spec.gated,
+        "b_in": spec.b_in,
+        "b_gate": spec.b_gate,
+        "b_out": spec.b_out,
+        "whole": spec.d % 64 == 0,
+        "ragged": spec.d % 64 != 0,
+        "gated_whole": spec.gated and spec.d % 64 == 0,
+        "gated_ragged": spec.gated and spec.d % 64 != 0,
+    }
+    parts = [_HEAD, _FEW, BLOCKS, ROUTE, LISTS, PAIRS]
+    return "\n\n".join(_fill(part, values, flags).strip() for part in parts) + "\n"
+
+
+def _fill(text: str, values: dict[str, object], flags: dict[str, bool]) -> str:
+    """Keep the lines whose condition (``# ? flag``) holds, and put the values in."""
+    kept = []
+    for line in text.splitlines():
+        code, mark, flag = line.partition("  # ? ")
+        if not mark or flags[flag]:
+            kept.append(code)
+    return re.sub(r"\$(\w+)", lambda m: str(values[m[1]]), "\n".join(kept))

@@ -1,0 +1,158 @@
+"""What a GPU kernel is generated for, which kernels a call takes, and the sizes of their tiles."""
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+
+FEW_ROWS = 16
+SPAN = 4096
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TritonSpec:
+    """Everything that is constant in the text of a kernel.
+
+    Attributes:
+        act: A key of :data:`skimp.ir.ACTIVATIONS`.
+        gated: A second projection gates the hidden neurons.
+        b_in, b_gate, b_out: Which biases there are.
+        expert_size: Neurons per expert.
+        d, d_ff, d_out: Widths.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the storage; accumulation is float32.
+        precision: Of float32 products: ``ieee``, ``tf32`` or ``tf32x3``. Else without effect.
+    """
+
+    act: str
+    gated: bool
+    b_in: bool
+    b_gate: bool
+    b_out: bool
+    expert_size: int
+    d: int
+    d_ff: int
+    d_out: int
+    dtype: str
+    precision: str = "ieee"
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, E."""
+        return self.d_ff // self.expert_size
+
+    @property
+    def name(self) -> str:
+        """Readable and unique."""
+        kind = "gated_" if self.gated else ""
+        digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
+        return f"{kind}{self.act}_{self.d}_{self.d_ff}_{self.dtype}_e{self.expert_size}_{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel divides its work.
+
+    Attributes:
+        rows: Rows of a tile.
+        neurons: Hidden neurons of a tile.
+        depth: Of the first product's inner loop.
+        columns: Of the second product's tile.
+        warps: Per program.
+        stages: Of the software pipeline.
+    """
+
+    rows: int
+    neurons: int
+    depth: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """As the kernels name them."""
+        return dict(BM=self.rows, BH=self.neurons, BK=self.depth, BO=self.columns)
+
+
+def padded(n: int, least: int = 16) -> int:
+    """The next power of two, as the widths of Triton's tiles must be."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def choose(spec: TritonSpec, rows: int, *, deterministic: bool = False) -> str:
+    """Which kernels serve so many rows.
+
+    Args:
+        spec: Of the block.
+        rows: How many.
+        deterministic: Never add in an order that changes from run to run.
+
+    Returns:
+        ``few`` (each program streams the weights of a few neurons), ``pairs`` (lists of the rows of
+        each expert; the hidden tile stays on chip), ``lists`` (the same lists for the first
+        product, a dense second one) or ``blocks`` (blocks of rows against blocks of neurons).
+    """
+    if rows <= FEW_ROWS and not deterministic:
+        return "few"
+    # A list of rows pays where it fills tiles, and an expert where it fills a tensor core.
+    if spec.expert_size < 64 or rows * spec.experts < 1 << 16:
+        return "blocks"
+    return "lists" if deterministic else "pairs"
+
+
+def shape_class(rows: int) -> str:
+    """A key for tuned tiles: calls of one class share what is best for them."""
+    if rows <= FEW_ROWS:
+        return "1" if rows == 1 else str(FEW_ROWS)
+    return str(min(padded(rows, 64), 65536))
+
+
+def default_tiles(spec: TritonSpec, plan: str, rows: int) -> Tiles:
+    """Tiles that do well untuned."""
+    wide = spec.dtype == "float32"
+    if plan == "few":
+        if rows == 1:
+            return Tiles(1, 8 if spec.d < 1024 else 4, min(padded(spec.d), 1024), 1024, 4, 1)
+        return Tiles(16, 16 if spec.d_ff < 6144 else 32, 128, 128, 4, 3 if not wide else 2)
+    if wide:
+        tiles = Tiles(64, 64, 32, 64, 4, 2)
+    else:
+        tiles = Tiles(128, 128, 64, 128, 8 if spec.gated else 4, 3)
+    neurons = spec.expert_size if plan in ("pairs", "lists") else spec.d_ff
+    return replace(
+        tiles,
+        rows=min(tiles.rows, padded(rows)),
+        neurons=min(tiles.neurons, padded(neurons)),
+        depth=min(tiles.depth, padded(spec.d)),
+        columns=min(tiles.columns, padded(spec.d_out)),
+    )
+
+
+def candidates(spec: TritonSpec, plan: str, rows: int) -> list[Tiles]:
+    """Tiles worth timing, the default first."""
+    first = default_tiles(spec, plan, rows)
+    if plan == "few":
+        wide = spec.d > 1024
+        shapes = (
+            [(4, 1024, 2), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (2, 1024, 2)]
+            if rows == 1
+            else [(16, 64, 4), (16, 128, 2), (16, 256, 4), (32, 128, 4), (64, 64, 4)]
+        )
+        options = [replace(first, neurons=n, depth=k, warps=w) for n, k, w in shapes]
+        if rows > 1 and wide:
+            options += [replace(o, columns=256) for o in options[:3]]
+        return list(dict.fromkeys([first, *options]))
+    if spec.dtype == "float32":
+        shapes = [(64, 64, 32, 64, 4, 2), (128, 64, 16, 64, 4, 3), (128, 128, 16, 128, 8, 3),
+                  (128, 64, 32, 64, 8, 3), (64, 128, 16, 128, 8, 3), (128, 128, 32, 64, 8, 2)]  # fmt: skip
+    else:
+        shapes = [(128, 128, 64, 128, 4, 3), (128, 128, 64, 128, 8, 3), (128, 128, 64, 64, 4, 3),
+                  (128, 128, 32, 128, 4, 4), (128, 64, 64, 128, 4, 3), (64, 128, 64, 128, 4, 3),
+                  (256, 128, 64, 128, 8, 3), (128, 128, 64, 256, 8, 3), (128, 256, 64, 128, 8, 3),
+                  (64, 64, 64, 128, 4, 4)]  # fmt: skip
+    options = [Tiles(*shape) for shape in shapes]
+    if plan != "pairs":  # their second product is PyTorch's
+        options = [replace(o, columns=first.columns) for o in options]
+    most = spec.d_ff if plan == "blocks" else padded(spec.expert_size)
+    fitting = [o for o in options if o.neurons <= most and o.rows <= max(64, padded(rows))]
+    return list(dict.fromkeys([first, *fitting]))
