@@ -11,7 +11,7 @@ from typing import Any
 from ...ir.errors import CompileError
 from .emit import emit
 from .load import interpreting, load
-from .spec import FEW_ROWS, SPAN, Tiles, TritonSpec, default_tiles, padded
+from .spec import FEW_ROWS, SPAN, Tiles, TritonSpec, default_tiles, selection_rows
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx90a")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
@@ -21,8 +21,8 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 MANY = 1 << 16
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+")
-_WIDE = re.compile(r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async\.c\w\.shared"
-                   r"\.global \S+ \S+ 0x10|global_load_dwordx4|buffer_load_dwordx4")  # fmt: skip
+_WIDE = re.compile(r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async\.cg\."
+                   r"shared\.global|(global|buffer)_load_dwordx4")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         function: str, arguments: dict[str, str], constants: dict[str, int], tiles: Tiles | None,
         label: str = "",
     ) -> None:  # fmt: skip
-        signature = arguments | {k: "constexpr" for k in constants}
+        signature = arguments | dict.fromkeys(constants, "constexpr")
         warps, stages = (tiles.warps, tiles.stages) if tiles else (4, 3)
         found.append(Kernel(label or function, function, signature, constants, warps, stages))
 
@@ -100,12 +100,12 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
         add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, done=i32, y=own,
                         rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
-    block = max(1, 4096 // padded(spec.experts, 1))
+    block = selection_rows(spec, "blocks")
     add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
     tiles = fitted(default_tiles(spec, "blocks", MANY), target)
     add("blocks", dict(x=own, scores=own, limits=f32, **first, h=own, rows="i32"),
         tiles.constants, tiles)  # fmt: skip
-    block = min(64, max(16, 8192 // padded(spec.experts, 1)))
+    block = selection_rows(spec, "pairs")
     add("route", dict(**route, counts=i32, lists=i32, rows="i32"), {"BR": block, "SPAN": SPAN},
         None)  # fmt: skip
     tiles = fitted(default_tiles(spec, "pairs", MANY), target)

@@ -3,8 +3,8 @@
 import re
 import textwrap
 
-from .spec import TritonSpec, padded
 from .many import BLOCKS, LISTS, PAIRS, ROUTE
+from .spec import TritonSpec, padded
 
 _ACTS = {
     "identity": "return v",

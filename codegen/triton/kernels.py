@@ -17,12 +17,23 @@ from ...ir.errors import CompileError
 from ...ir.op import reference, use_cuda_kernel
 from .emit import emit
 from .load import interpreting, load
-from .spec import FEW_ROWS, SPAN, Tiles, TritonSpec, choose, default_tiles, padded, shape_class
+from .spec import (
+    FEW_ROWS,
+    SPAN,
+    Tiles,
+    TritonSpec,
+    choose,
+    default_tiles,
+    padded,
+    selection_rows,
+    shape_class,
+)
 from .tuned import recall
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _fallbacks: dict[str, int] = {}
 _prepared: dict[tuple[Any, ...], TritonSpec | str] = {}
+
 
 def install() -> None:
     """Let the op run generated kernels on CUDA tensors from now on, in this process."""
@@ -162,7 +173,7 @@ class _Launch:
     ) -> Tensor:
         h = x.new_empty(rows, self.spec.d_ff)
         limits = torch.empty(rows, dtype=torch.float32, device=self.device)
-        across = max(1, 4096 // padded(self.spec.experts, 1))
+        across = selection_rows(self.spec, "blocks")
         self.module.thresholds[(_cdiv(rows, across),)](scores, tau, limits, rows, BR=across)
         grid = _cdiv(rows, self.tiles.rows) * _cdiv(self.spec.d_ff, self.tiles.neurons)
         self.module.blocks[(grid,)](
@@ -183,7 +194,7 @@ class _Launch:
         most = entries * (span // tile)
         tiles = torch.empty(most + 1, dtype=torch.int32, device=self.device)
         total = tiles[most:]
-        block = min(64, max(16, 8192 // padded(experts, 1)))
+        block = selection_rows(self.spec, "pairs")
         self.module.route[(_cdiv(rows, block),)](
             scores, tau, counts, lists, rows, BR=block, SPAN=span
         )

@@ -117,7 +117,7 @@ def number(counts, tiles, total, entries, BM: tl.constexpr, PER: tl.constexpr, B
     tl.store(total, done)
 '''
 
-_WALK = '''
+_WALK = """
     for tile in range(tl.program_id(0), tl.load(total), tl.num_programs(0)):
         code = tl.load(tiles + tile)
         entry = code // (SPAN // BM)
@@ -128,7 +128,7 @@ _WALK = '''
             inside = n + tl.arange(0, BH) < $S
             neuron = entry % $E * $S + tl.minimum(n + tl.arange(0, BH), $S - 1)
             value = hidden(x, w_in, b_in, w_gate, b_gate, row, neuron, inside, BM, BH, BK)
-'''.lstrip("\n")
+""".lstrip("\n")
 
 LISTS = f'''
 @triton.jit

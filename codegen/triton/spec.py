@@ -79,6 +79,13 @@ def padded(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def selection_rows(spec: TritonSpec, plan: str) -> int:
+    """Rows that one program of ``thresholds`` (``blocks``) or ``route`` (lists) looks at."""
+    if plan == "blocks":
+        return min(64, max(1, 4096 // padded(spec.experts, 1)))
+    return min(64, max(8, 4096 // padded(spec.experts, 1)))
+
+
 def choose(spec: TritonSpec, rows: int, *, deterministic: bool = False) -> str:
     """Which kernels serve so many rows.
 
@@ -114,10 +121,7 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int) -> Tiles:
         if rows == 1:
             return Tiles(1, 8 if spec.d < 1024 else 4, min(padded(spec.d), 1024), 1024, 4, 1)
         return Tiles(16, 16 if spec.d_ff < 6144 else 32, 128, 128, 4, 3 if not wide else 2)
-    if wide:
-        tiles = Tiles(64, 64, 32, 64, 4, 2)
-    else:
-        tiles = Tiles(128, 128, 64, 128, 8 if spec.gated else 4, 3)
+    tiles = Tiles(64, 64, 32, 64, 8, 2) if wide else Tiles(128, 128, 64, 128, 8, 3)
     neurons = spec.expert_size if plan in ("pairs", "lists") else spec.d_ff
     return replace(
         tiles,
@@ -128,29 +132,39 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int) -> Tiles:
     )
 
 
+_FEW_ONE = ((4, 1024, 2), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (2, 1024, 2))
+_FEW = ((16, 64, 4), (16, 128, 2), (16, 256, 4), (32, 128, 4), (64, 64, 4))
+_WIDE = (
+    Tiles(64, 64, 32, 64, 4, 2),
+    Tiles(128, 64, 16, 64, 4, 3),
+    Tiles(128, 128, 16, 128, 8, 3),
+    Tiles(128, 64, 32, 64, 8, 3),
+    Tiles(64, 128, 16, 128, 8, 3),
+    Tiles(128, 128, 32, 64, 8, 2),
+)
+_NARROW = (
+    Tiles(128, 128, 64, 128, 8, 4),
+    Tiles(128, 128, 64, 64, 8, 3),
+    Tiles(128, 128, 32, 128, 8, 4),
+    Tiles(128, 64, 64, 128, 4, 3),
+    Tiles(64, 128, 64, 128, 4, 3),
+    Tiles(256, 128, 64, 128, 8, 3),
+    Tiles(128, 128, 64, 256, 8, 3),
+    Tiles(128, 256, 64, 128, 8, 3),
+    Tiles(64, 64, 64, 128, 4, 4),
+)
+
+
 def candidates(spec: TritonSpec, plan: str, rows: int) -> list[Tiles]:
     """Tiles worth timing, the default first."""
     first = default_tiles(spec, plan, rows)
     if plan == "few":
-        wide = spec.d > 1024
-        shapes = (
-            [(4, 1024, 2), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (2, 1024, 2)]
-            if rows == 1
-            else [(16, 64, 4), (16, 128, 2), (16, 256, 4), (32, 128, 4), (64, 64, 4)]
-        )
-        options = [replace(first, neurons=n, depth=k, warps=w) for n, k, w in shapes]
-        if rows > 1 and wide:
-            options += [replace(o, columns=256) for o in options[:3]]
+        options = [
+            replace(first, neurons=n, depth=k, warps=w)
+            for n, k, w in (_FEW_ONE if rows == 1 else _FEW)
+        ]
         return list(dict.fromkeys([first, *options]))
-    if spec.dtype == "float32":
-        shapes = [(64, 64, 32, 64, 4, 2), (128, 64, 16, 64, 4, 3), (128, 128, 16, 128, 8, 3),
-                  (128, 64, 32, 64, 8, 3), (64, 128, 16, 128, 8, 3), (128, 128, 32, 64, 8, 2)]  # fmt: skip
-    else:
-        shapes = [(128, 128, 64, 128, 4, 3), (128, 128, 64, 128, 8, 3), (128, 128, 64, 64, 4, 3),
-                  (128, 128, 32, 128, 4, 4), (128, 64, 64, 128, 4, 3), (64, 128, 64, 128, 4, 3),
-                  (256, 128, 64, 128, 8, 3), (128, 128, 64, 256, 8, 3), (128, 256, 64, 128, 8, 3),
-                  (64, 64, 64, 128, 4, 4)]  # fmt: skip
-    options = [Tiles(*shape) for shape in shapes]
+    options = list(_WIDE if spec.dtype == "float32" else _NARROW)
     if plan != "pairs":  # their second product is PyTorch's
         options = [replace(o, columns=first.columns) for o in options]
     most = spec.d_ff if plan == "blocks" else padded(spec.expert_size)
