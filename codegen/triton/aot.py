@@ -106,16 +106,19 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
     add("blocks", dict(x=own, scores=own, limits=f32, **first, h=own, rows="i32"),
         tiles.constants, tiles)  # fmt: skip
     block = selection_rows(spec, "pairs")
-    add("route", dict(**route, counts=i32, lists=i32, rows="i32"), {"BR": block, "SPAN": SPAN},
-        None)  # fmt: skip
-    tiles = fitted(default_tiles(spec, "pairs", MANY), target)
-    sizes = {"SPAN": SPAN, **tiles.constants}
-    numbers = {"BM": tiles.rows, "PER": SPAN // tiles.rows, "BE": 128}
-    add("number", dict(counts=i32, tiles=i32, total=i32, entries="i32"), numbers,
-        Tiles(0, 0, 0, 0, 8, 3))  # fmt: skip
-    add("lists_hidden", dict(**listed, h=own), sizes, tiles)
-    add("pairs", dict(**listed, w_out=own, sums=f32), sizes, tiles)
-    add("finish", dict(sums=f32, b_out=own, y=own, n="i32"), {"BN": 2048}, None)
+    for plan, function, more in (
+        ("lists", "lists_hidden", dict(h=own, entries="i32")),
+        ("pairs", "pairs", dict(w_out=own, sums=f32)),
+    ):
+        tiles = fitted(default_tiles(spec, plan, MANY), target)
+        rests = int(plan == "lists")
+        sizes = {"BR": block, "SPAN": SPAN, "RESTS": rests}
+        add("route", dict(**route, counts=i32, lists=i32, rows="i32"), sizes, None, f"route-{plan}")
+        sizes = {"BM": tiles.rows, "PER": SPAN // tiles.rows, "BE": 128, "RESTS": rests}
+        listing = dict(counts=i32, tiles=i32, total=i32, entries="i32")
+        add("number", listing, sizes, Tiles(0, 0, 0, 0, 8, 3), f"number-{plan}")
+        add(function, listed | more, {"SPAN": SPAN, **tiles.constants}, tiles)
+    add("finish", dict(sums=f32, b_out=own, y=own, n="i32"), {"BN": 1024}, None)
     return found
 
 

@@ -45,7 +45,8 @@ def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, done, y,
         RP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr):
     """A program takes BH neurons and reads the weights of those that some row needs.
 
-    sums [rows, $O] and done [1] are zero on entry; the last program to finish writes y.
+    sums [rows, $O] and done [1] are zero on entry. Of one row the last program to finish writes
+    y; more are too much for one program and are left to `finish`.
     """
     row = tl.arange(0, RP)
     expert = tl.arange(0, $EP)
@@ -93,14 +94,14 @@ def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, done, y,
                 part = tl.dot(h.to(w.dtype), w$precision)
             tl.atomic_add(sums + row[:, None] * $O + column[None, :], part,
                           mask=inside & (row < rows)[:, None], sem="relaxed")
-    tl.debug_barrier()  # all of this program's sums are on their way before it says so
-    if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        for r in range(0, rows):
+    if RP == 1:
+        tl.debug_barrier()  # all of this program's sums are on their way before it says so
+        if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             for c in range(0, $O, 1024):
                 column = c + tl.arange(0, 1024)
-                v = tl.load(sums + r * $O + column, mask=column < $O, other=0.0)
+                v = tl.load(sums + column, mask=column < $O, other=0.0)
                 v += tl.load(b_out + column, mask=column < $O, other=0.0).to(tl.float32)  # ? b_out
-                tl.store(y + r * $O + column, v, mask=column < $O)
+                tl.store(y + column, v.to(y.dtype.element_ty), mask=column < $O)
 '''
 
 

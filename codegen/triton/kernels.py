@@ -127,13 +127,13 @@ def run(
         h = launch.blocks(x, scores, tau, first, rows)
         _second(h, w_out, b_out, y)
     elif plan == "lists":
-        h = x.new_zeros(rows, spec.d_ff)
+        h = x.new_empty(rows, spec.d_ff)
         launch.walk("lists_hidden", x, scores, tau, [*first, h], rows)
         _second(h, w_out, b_out, y)
     else:
         sums = torch.zeros(rows, spec.d_out, dtype=torch.float32, device=x.device)
         launch.walk("pairs", x, scores, tau, [*first, w_out, sums], rows)
-        launch.module.finish[(_cdiv(y.numel(), 2048),)](sums, bias, y, y.numel(), BN=2048)
+        launch.finish(sums, bias, y)
     return y
 
 
@@ -168,6 +168,13 @@ class _Launch:
             RP=1 if rows == 1 else FEW_ROWS, **constants, **self.options,
         )  # fmt: skip
 
+        if rows > 1:
+            self.finish(work, bias, y)
+
+    def finish(self, sums: Tensor, bias: Tensor, y: Tensor) -> None:
+        n = y.numel()
+        self.module.finish[(_cdiv(n, 1024),)](sums, bias, y, n, BN=1024)
+
     def blocks(
         self, x: Tensor, scores: Tensor, tau: Tensor, first: list[Tensor], rows: int
     ) -> Tensor:
@@ -188,7 +195,8 @@ class _Launch:
         experts, tile = self.spec.experts, self.tiles.rows
         span = min(SPAN, padded(rows, max(tile, 64)))
         entries = _cdiv(rows, span) * experts
-        counts = torch.zeros(entries, dtype=torch.int32, device=self.device)
+        rests = name == "lists_hidden"
+        counts = torch.zeros(entries * (2 if rests else 1), dtype=torch.int32, device=self.device)
         lists = torch.empty(entries * span, dtype=torch.int32, device=self.device)
         # no more tiles than this, whatever the routing; how many there are, the device knows
         most = entries * (span // tile)
@@ -196,14 +204,31 @@ class _Launch:
         total = tiles[most:]
         block = selection_rows(self.spec, "pairs")
         self.module.route[(_cdiv(rows, block),)](
-            scores, tau, counts, lists, rows, BR=block, SPAN=span
+            scores, tau, counts, lists, rows, BR=block, SPAN=span, RESTS=rests
         )
         self.module.number[(1,)](
-            counts, tiles, total, entries, BM=tile, PER=span // tile, BE=128, num_warps=8
+            counts,
+            tiles,
+            total,
+            entries,
+            BM=tile,
+            PER=span // tile,
+            BE=128,
+            RESTS=rests,
+            num_warps=8,
         )
         kernel = getattr(self.module, name)
         kernel[(min(most, programs(self.device, self.tiles)),)](
-            x, lists, counts, tiles, total, *more, SPAN=span, **self.constants, **self.options
+            x,
+            lists,
+            counts,
+            tiles,
+            total,
+            *more,
+            *([entries] if rests else []),
+            SPAN=span,
+            **self.constants,
+            **self.options,
         )
 
 
@@ -220,7 +245,7 @@ def _processors(device: torch.device) -> int:
 
 def programs(device: torch.device, tiles: Tiles) -> int:
     """How many programs walk the tiles: as many as can be resident at once."""
-    return _processors(device) * max(1, 8 // tiles.warps)
+    return _processors(device) * max(1, 16 // tiles.warps)
 
 
 @functools.cache

@@ -65,6 +65,11 @@ def blocks(x, scores, limits, w_in, b_in, w_gate, b_gate, h, rows,
     if $S % BH == 0:
         s = tl.load(score + first // $S).to(tl.float32)
         runs = tl.broadcast_to((s < limit[:, None]) == 0, [BM, BH])
+    elif BH % $S == 0:  # each score is loaded once, and then spread over its neurons
+        group = tl.minimum(first // $S + tl.arange(0, BH // $S), $E - 1)
+        s = tl.load(score + group[None, :]).to(tl.float32)
+        each = ((s < limit[:, None]) == 0).to(tl.int8)
+        runs = tl.reshape(tl.broadcast_to(each[:, :, None], [BM, BH // $S, $S]), [BM, BH]) != 0
     else:
         s = tl.load(score + (tl.minimum(neuron, $FF - 1) // $S)[None, :]).to(tl.float32)
         runs = (s < limit[:, None]) == 0
@@ -82,11 +87,13 @@ def blocks(x, scores, limits, w_in, b_in, w_gate, b_gate, h, rows,
 
 ROUTE = '''
 @triton.jit(do_not_specialize=["rows"])
-def route(scores, tau, counts, lists, rows, BR: tl.constexpr, SPAN: tl.constexpr):
+def route(scores, tau, counts, lists, rows, BR: tl.constexpr, SPAN: tl.constexpr,
+          RESTS: tl.constexpr):
     """Append the rows of each expert to its list, one list per expert and span of SPAN rows.
 
     counts [spans, $E] is zero on entry; lists [spans, $E, SPAN]. Spans keep what one expert adds
-    to in reach of the cache when the next one does.
+    to in reach of the cache when the next one does. With RESTS the other rows fill the list from
+    its end; their counts [spans, $E] follow the first.
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     expert = tl.arange(0, $EP)
@@ -100,15 +107,29 @@ def route(scores, tau, counts, lists, rows, BR: tl.constexpr, SPAN: tl.constexpr
     base = tl.atomic_add(counts + entry, count, mask=expert < $E, sem="relaxed")
     at = entry.to(tl.int64)[None, :] * SPAN + base[None, :] + place
     tl.store(lists + at, tl.broadcast_to(row[:, None], [BR, $EP]), mask=runs)
+    if RESTS:
+        rests = real & (runs == 0)
+        place = tl.cumsum(rests.to(tl.int32), 0)
+        count = tl.sum(rests.to(tl.int32), 0)
+        second = counts + tl.cdiv(rows, SPAN) * $E
+        base = tl.atomic_add(second + entry, count, mask=expert < $E, sem="relaxed")
+        at = entry.to(tl.int64)[None, :] * SPAN + SPAN - base[None, :] - place
+        tl.store(lists + at, tl.broadcast_to(row[:, None], [BR, $EP]), mask=rests)
 
 
 @triton.jit(do_not_specialize=["entries"])
-def number(counts, tiles, total, entries, BM: tl.constexpr, PER: tl.constexpr, BE: tl.constexpr):
-    """Number the tiles of all lists, entry * PER + part, in one program; total [1] counts them."""
+def number(counts, tiles, total, entries, BM: tl.constexpr, PER: tl.constexpr, BE: tl.constexpr,
+           RESTS: tl.constexpr):
+    """Number the tiles of all lists, entry * PER + part, in one program; total [1] counts them.
+
+    With RESTS a list without rows has a tile too.
+    """
     done = 0
     for start in range(0, entries, BE):
         entry = start + tl.arange(0, BE)
         count = tl.cdiv(tl.load(counts + entry, mask=entry < entries, other=0), BM)
+        if RESTS:
+            count = tl.where(entry < entries, tl.maximum(count, 1), 0)
         first = done + tl.cumsum(count, 0) - count
         part = tl.arange(0, PER)[None, :]
         tl.store(tiles + first[:, None] + part, entry[:, None] * PER + part,
@@ -117,24 +138,46 @@ def number(counts, tiles, total, entries, BM: tl.constexpr, PER: tl.constexpr, B
     tl.store(total, done)
 '''
 
-_WALK = """
+_WALK_HEAD = """
     for tile in range(tl.program_id(0), tl.load(total), tl.num_programs(0)):
         code = tl.load(tiles + tile)
         entry = code // (SPAN // BM)
+""".lstrip("\n")
+
+_WALK = """
         slot = code % (SPAN // BM) * BM + tl.arange(0, BM)
         live = slot < tl.load(counts + entry)
         row = tl.load(lists + entry.to(tl.int64) * SPAN + slot, mask=live, other=0)
         for n in range(0, $S, BH):
             inside = n + tl.arange(0, BH) < $S
-            neuron = entry % $E * $S + tl.minimum(n + tl.arange(0, BH), $S - 1)
+            if $S % BH == 0:
+                neuron = entry % $E * $S + n + tl.arange(0, BH)
+            else:  # a minimum hides from the compiler that addresses are adjacent
+                neuron = entry % $E * $S + tl.minimum(n + tl.arange(0, BH), $S - 1)
             value = hidden(x, w_in, b_in, w_gate, b_gate, row, neuron, inside, BM, BH, BK)
 """.lstrip("\n")
 
 LISTS = f'''
-@triton.jit
-def lists_hidden(x, lists, counts, tiles, total, w_in, b_in, w_gate, b_gate, h, SPAN: tl.constexpr,
-                 BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr):
-    """h [rows, $FF], zero on entry: the activations of each expert for the rows of its list."""
+@triton.jit(do_not_specialize=["entries"])
+def lists_hidden(x, lists, counts, tiles, total, w_in, b_in, w_gate, b_gate, h, entries,
+                 SPAN: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+                 BO: tl.constexpr):
+    """h [rows, $FF]: the activations of each expert for the rows of its list, zero for others.
+
+    A tile also writes its share of the zeros, which pass to memory while it multiplies.
+    """
+{_WALK_HEAD}        count = tl.load(counts + entry)
+        rest = tl.load(counts + entries + entry)
+        step = tl.maximum(tl.cdiv(count, BM), 1) * BM
+        for z in range(code % (SPAN // BM) * BM, rest, step):
+            back = z + tl.arange(0, BM)
+            idle = tl.load(lists + entry.to(tl.int64) * SPAN + SPAN - 1 - back, mask=back < rest,
+                           other=0)
+            for n in range(0, $S, BH):
+                offset = n + tl.arange(0, BH)
+                out = h + idle.to(tl.int64)[:, None] * $FF + (entry % $E * $S + offset)[None, :]
+                tl.store(out, tl.zeros([BM, BH], h.dtype.element_ty),
+                         mask=(back < rest)[:, None] & (offset < $S)[None, :])
 {_WALK}            out = h + row.to(tl.int64)[:, None] * $FF + neuron[None, :]
             tl.store(out, value.to(h.dtype.element_ty), mask=live[:, None] & inside[None, :])
 '''
@@ -145,7 +188,9 @@ def pairs(x, lists, counts, tiles, total, w_in, b_in, w_gate, b_gate, w_out, sum
           SPAN: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
           BO: tl.constexpr):
     """sums [rows, $O], zero on entry: both products of a tile, its hidden values kept on chip."""
-{_WALK}            value = tl.where(inside[None, :], value, 0.0).to(w_out.dtype.element_ty)
+{_WALK_HEAD}{_WALK}            if $S % BH != 0:
+                value = tl.where(inside[None, :], value, 0.0)
+            value = value.to(w_out.dtype.element_ty)
             for c in range(0, $O, BO):
                 column = c + tl.arange(0, BO)
                 w = tl.load(w_out + neuron[:, None] * $O + column[None, :],
