@@ -100,8 +100,11 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
         add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, done=i32, y=own,
                         rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
-    block = selection_rows(spec, "blocks")
+    block = selection_rows(spec, "masked")
     add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
+    tiles = default_tiles(spec, "masked", MANY)
+    sizes = {"BM": tiles.rows, "BH": tiles.neurons}
+    add("masked", dict(up=own, gate=own, scores=own, limits=f32, rows="i32"), sizes, tiles)
     tiles = fitted(default_tiles(spec, "blocks", MANY), target)
     add("blocks", dict(x=own, scores=own, limits=f32, **first, h=own, rows="i32"),
         tiles.constants, tiles)  # fmt: skip

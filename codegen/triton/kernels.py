@@ -123,6 +123,12 @@ def run(
     launch = _Launch(spec, tiles, _module(spec), x.device)
     if plan == "few":
         launch.few(x, scores, tau, first, w_out, bias, y, rows)
+    elif plan == "masked":
+        flat = x.view(rows, -1)
+        up = _product(flat, w_in, b_in)
+        gate = up if w_gate is None else _product(flat, w_gate, b_gate)
+        launch.masked(up, gate, scores, tau, rows)
+        _second(up, w_out, b_out, y)
     elif plan == "blocks":
         h = launch.blocks(x, scores, tau, first, rows)
         _second(h, w_out, b_out, y)
@@ -135,6 +141,11 @@ def run(
         launch.walk("pairs", x, scores, tau, [*first, w_out, sums], rows)
         launch.finish(sums, bias, y)
     return y
+
+
+def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """A linear layer whose result may be written to."""
+    return torch.mm(x, w.T) if b is None else torch.addmm(b, x, w.T)
 
 
 def _second(h: Tensor, w_out: Tensor, b_out: Tensor | None, y: Tensor) -> None:
@@ -175,13 +186,23 @@ class _Launch:
         n = y.numel()
         self.module.finish[(_cdiv(n, 1024),)](sums, bias, y, n, BN=1024)
 
+    def thresholds(self, scores: Tensor, tau: Tensor, rows: int) -> Tensor:
+        limits = torch.empty(rows, dtype=torch.float32, device=self.device)
+        across = selection_rows(self.spec, "masked")
+        self.module.thresholds[(_cdiv(rows, across),)](scores, tau, limits, rows, BR=across)
+        return limits
+
+    def masked(self, up: Tensor, gate: Tensor, scores: Tensor, tau: Tensor, rows: int) -> None:
+        limits = self.thresholds(scores, tau, rows)
+        sizes = dict(BM=self.tiles.rows, BH=self.tiles.neurons)
+        grid = _cdiv(rows, self.tiles.rows) * _cdiv(self.spec.d_ff, self.tiles.neurons)
+        self.module.masked[(grid,)](up, gate, scores, limits, rows, **sizes, **self.options)
+
     def blocks(
         self, x: Tensor, scores: Tensor, tau: Tensor, first: list[Tensor], rows: int
     ) -> Tensor:
         h = x.new_empty(rows, self.spec.d_ff)
-        limits = torch.empty(rows, dtype=torch.float32, device=self.device)
-        across = selection_rows(self.spec, "blocks")
-        self.module.thresholds[(_cdiv(rows, across),)](scores, tau, limits, rows, BR=across)
+        limits = self.thresholds(scores, tau, rows)
         grid = _cdiv(rows, self.tiles.rows) * _cdiv(self.spec.d_ff, self.tiles.neurons)
         self.module.blocks[(grid,)](
             x, scores, limits, *first, h, rows, **self.constants, **self.options

@@ -43,6 +43,43 @@ def thresholds(scores, tau, limits, rows, BR: tl.constexpr):
     tl.store(limits + row, limit, mask=row < rows)
 
 
+@triton.jit
+def running(scores, limits, row, first, rows, BM: tl.constexpr, BH: tl.constexpr):
+    """Which neurons [BM, BH] run, from the first of them; rows beyond the last run none."""
+    neuron = first + tl.arange(0, BH)
+    limit = tl.load(limits + row, mask=row < rows, other=0.0)
+    near = tl.minimum(row, rows - 1)
+    score = scores + near.to(tl.int64)[:, None] * $E
+    if $S % BH == 0:
+        s = tl.load(score + first // $S).to(tl.float32)
+        runs = tl.broadcast_to((s < limit[:, None]) == 0, [BM, BH])
+    elif BH % $S == 0:  # each score is loaded once, and then spread over its neurons
+        group = tl.minimum(first // $S + tl.arange(0, BH // $S), $E - 1)
+        s = tl.load(score + group[None, :]).to(tl.float32)
+        each = ((s < limit[:, None]) == 0).to(tl.int8)
+        runs = tl.reshape(tl.broadcast_to(each[:, :, None], [BM, BH // $S, $S]), [BM, BH]) != 0
+    else:
+        s = tl.load(score + (tl.minimum(neuron, $FF - 1) // $S)[None, :]).to(tl.float32)
+        runs = (s < limit[:, None]) == 0
+    return runs & (neuron < $FF)[None, :] & (row < rows)[:, None]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def masked(up, gate, scores, limits, rows, BM: tl.constexpr, BH: tl.constexpr):
+    """up [rows, $FF] becomes the activations, zero where an expert rests; gate alike."""
+    across = tl.cdiv($FF, BH)
+    row = tl.program_id(0) // across * BM + tl.arange(0, BM)
+    first = tl.program_id(0) % across * BH
+    neuron = first + tl.arange(0, BH)
+    runs = running(scores, limits, row, first, rows, BM, BH)
+    at = row.to(tl.int64)[:, None] * $FF + neuron[None, :]
+    inside = (neuron < $FF)[None, :] & (row < rows)[:, None]
+    v = tl.load(up + at, mask=runs, other=0.0).to(tl.float32)
+    v = activate(tl.load(gate + at, mask=runs, other=0.0).to(tl.float32)) * v  # ? gated
+    v = activate(v)  # ? plain
+    tl.store(up + at, tl.where(runs, v, 0.0).to(up.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def blocks(x, scores, limits, w_in, b_in, w_gate, b_gate, h, rows,
            BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr):
@@ -59,21 +96,8 @@ def blocks(x, scores, limits, w_in, b_in, w_gate, b_gate, h, rows,
     first = within // height * BH
     neuron = first + tl.arange(0, BH)
     real = neuron < $FF
-    limit = tl.load(limits + row, mask=row < rows, other=0.0)
+    runs = running(scores, limits, row, first, rows, BM, BH)
     near = tl.minimum(row, rows - 1)
-    score = scores + near.to(tl.int64)[:, None] * $E
-    if $S % BH == 0:
-        s = tl.load(score + first // $S).to(tl.float32)
-        runs = tl.broadcast_to((s < limit[:, None]) == 0, [BM, BH])
-    elif BH % $S == 0:  # each score is loaded once, and then spread over its neurons
-        group = tl.minimum(first // $S + tl.arange(0, BH // $S), $E - 1)
-        s = tl.load(score + group[None, :]).to(tl.float32)
-        each = ((s < limit[:, None]) == 0).to(tl.int8)
-        runs = tl.reshape(tl.broadcast_to(each[:, :, None], [BM, BH // $S, $S]), [BM, BH]) != 0
-    else:
-        s = tl.load(score + (tl.minimum(neuron, $FF - 1) // $S)[None, :]).to(tl.float32)
-        runs = (s < limit[:, None]) == 0
-    runs = runs & real[None, :] & (row < rows)[:, None]
     out = h + row.to(tl.int64)[:, None] * $FF + neuron[None, :]
     inside = real[None, :] & (row < rows)[:, None]
     if tl.max(tl.max(runs.to(tl.int32), 1), 0) > 0:

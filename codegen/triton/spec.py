@@ -80,14 +80,14 @@ def padded(n: int, least: int = 16) -> int:
 
 
 def selection_rows(spec: TritonSpec, plan: str) -> int:
-    """Rows that one program of ``thresholds`` (``blocks``) or ``route`` (lists) looks at."""
-    if plan == "blocks":
+    """Rows that one program of ``thresholds`` (no lists) or ``route`` (lists) looks at."""
+    if plan in ("blocks", "masked"):
         return min(64, max(1, 4096 // padded(spec.experts, 1)))
     return min(64, max(8, 4096 // padded(spec.experts, 1)))
 
 
 def choose(spec: TritonSpec, rows: int, *, deterministic: bool = False) -> str:
-    """Which kernels serve so many rows.
+    """Which kernels serve so many rows. What is said of speed was measured on an H100.
 
     Args:
         spec: Of the block.
@@ -95,16 +95,22 @@ def choose(spec: TritonSpec, rows: int, *, deterministic: bool = False) -> str:
         deterministic: Never add in an order that changes from run to run.
 
     Returns:
-        ``few`` (each program streams the weights of a few neurons), ``pairs`` (lists of the rows of
-        each expert; the hidden tile stays on chip), ``lists`` (the same lists for the first
-        product, a dense second one) or ``blocks`` (blocks of rows against blocks of neurons).
+        ``few``: each program streams the weights of a few neurons that some row needs.
+        ``lists``: the first product runs over lists of the rows of each expert, the second is
+        dense: its sum over experts then stays in registers, which on tensor cores costs less than
+        ``pairs``, where both run over lists, the hidden tile stays on chip, and sums are atomic.
+        ``masked``: dense products, the activations of resting experts set to zero between them;
+        for experts too small for a tile, which on tensor cores save nothing.
+        ``blocks``: like ``masked``, but in one kernel that leaves out blocks of rows and neurons
+        that no row needs; for routing that is alike in neighbouring rows, so never the default.
     """
     if rows <= FEW_ROWS and not deterministic:
         return "few"
     # A list of rows pays where it fills tiles, and an expert where it fills a tensor core.
-    if spec.expert_size < 64 or rows * spec.experts < 1 << 16:
-        return "blocks"
-    return "lists" if deterministic else "pairs"
+    if spec.expert_size < 64 or rows * spec.experts < 1 << 15:
+        return "masked"
+    # IEEE and split products leave the second one the slower; there atomic sums are cheap
+    return "pairs" if spec.dtype == "float32" and not deterministic else "lists"
 
 
 def shape_class(rows: int) -> str:
@@ -120,8 +126,19 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int) -> Tiles:
     if plan == "few":
         if rows == 1:
             return Tiles(1, 8 if spec.d < 1024 else 4, min(padded(spec.d), 1024), 1024, 4, 1)
-        return Tiles(16, 16 if spec.d_ff < 6144 else 32, 128, 128, 4, 3 if not wide else 2)
-    tiles = Tiles(64, 64, 32, 64, 8, 2) if wide else Tiles(128, 128, 64, 128, 8, 3)
+        if wide:
+            return Tiles(16, 16, 128, 64, 4, 2)
+        return Tiles(16, 32, 128, 128, 4, 3) if spec.d_ff < 6144 else Tiles(16, 64, 128, 128, 8, 3)
+    if plan == "masked":
+        return Tiles(32, 128, 16, 16, 4, 1)
+    if not wide:
+        tiles = Tiles(128, 128, 64, 128, 8, 3)
+    elif plan != "pairs":
+        tiles = Tiles(64, 64, 32, 64, 8, 2)
+    elif spec.precision == "ieee":
+        tiles = Tiles(64, 32, 32, 64, 4, 2)  # more would spill
+    else:
+        tiles = Tiles(128, 64, 32, 64, 8, 3)
     neurons = spec.expert_size if plan in ("pairs", "lists") else spec.d_ff
     return replace(
         tiles,
@@ -133,7 +150,7 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int) -> Tiles:
 
 
 _FEW_ONE = ((4, 1024, 2), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (2, 1024, 2))
-_FEW = ((16, 64, 4), (16, 128, 2), (16, 256, 4), (32, 128, 4), (64, 64, 4))
+_FEW = ((16, 128, 2), (16, 256, 4), (32, 128, 4), (64, 64, 4), (64, 128, 8))
 _WIDE = (
     Tiles(64, 64, 32, 64, 4, 2),
     Tiles(128, 64, 16, 64, 4, 3),
@@ -164,6 +181,8 @@ def candidates(spec: TritonSpec, plan: str, rows: int) -> list[Tiles]:
             for n, k, w in (_FEW_ONE if rows == 1 else _FEW)
         ]
         return list(dict.fromkeys([first, *options]))
+    if plan == "masked":
+        return [first, replace(first, rows=16, neurons=256), replace(first, rows=64, warps=8)]
     options = list(_WIDE if spec.dtype == "float32" else _NARROW)
     if plan != "pairs":  # their second product is PyTorch's
         options = [replace(o, columns=first.columns) for o in options]

@@ -12,7 +12,7 @@ from .spec import FEW_ROWS, Tiles, TritonSpec, candidates, shape_class
 
 def plans(spec: TritonSpec, rows: int) -> list[str]:
     """The plans that can serve so many rows."""
-    return ["few", "blocks"] if rows <= FEW_ROWS else ["blocks", "lists", "pairs"]
+    return ["few", "masked"] if rows <= FEW_ROWS else ["masked", "lists", "pairs", "blocks"]
 
 
 def options(spec: TritonSpec, rows: int) -> Iterator[tuple[str, Tiles]]:
