@@ -75,7 +75,7 @@ class _Bars:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("out"),
     budget: Budget = "flops <= 0.55",
-    thorough: Annotated[bool, typer.Option(help="Train some four times as long.")] = False,
+    thorough: Annotated[bool, typer.Option(help="Train some six times as long.")] = False,
     model: Annotated[str, typer.Option(help="Another encoder.")] = "minilm",
     as_json: AsJson = False,
 ) -> None:
@@ -126,7 +126,7 @@ def convert(
         Path | None, typer.Option(help="Calibration text, a passage per line; else Python's own.")
     ] = None,
     budget: Budget = "flops <= 0.55",
-    thorough: Annotated[bool, typer.Option(help="Train some four times as long.")] = False,
+    thorough: Annotated[bool, typer.Option(help="Train some six times as long.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert an encoder; start again after an interruption and it goes on where it was."""

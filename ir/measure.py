@@ -53,6 +53,7 @@ def compare(
     seconds: float = 2.0,
     least: int = 7,
     most: int = 200,
+    rest: float = 0.02,
 ) -> Comparison:
     """Time calls one after the other, round by round.
 
@@ -62,6 +63,8 @@ def compare(
         seconds: About how long to measure.
         least: At least this many rounds.
         most: At most this many rounds.
+        rest: Seconds of quiet before each call: idle workers of OpenMP and of ONNX Runtime spin for
+            some milliseconds, and would take a core from whoever comes next.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
@@ -71,6 +74,7 @@ def compare(
         rounds = 0
         while rounds < least or (time.perf_counter() < end and rounds < most):
             for name, call in calls.items():
+                time.sleep(rest)
                 call()  # once unmeasured: the caches are its own, not its predecessor's
                 start = time.perf_counter()
                 call()

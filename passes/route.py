@@ -19,14 +19,28 @@ from .split import split
 
 @dataclass(frozen=True)
 class Split(Pass):
-    """Make the neurons of each expert adjacent, by balanced k-means on their weights."""
+    """Make the neurons of each expert adjacent, by balanced k-means.
+
+    The paper groups neurons whose weights point the same way. Neurons that fire on the same tokens
+    are what a router can switch off together, and after sparsification that is known: at equal
+    FLOPs it leaves less for the router to explain and the model closer to its teacher.
+
+    Attributes:
+        rows: Rows on which firing is compared; 0 groups by the weights, as the paper does.
+    """
 
     name: ClassVar[str] = "split"
+    rows: int = 4096
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Permute the neurons of every block."""
+        inputs = capture(gm, context.train, self.rows) if self.rows else {}
         for i, (name, block) in enumerate(blocks(gm).items()):
-            split(block, seed=context.seed)
+            points = None
+            if self.rows:
+                with torch.no_grad():
+                    points = block.hidden(inputs.pop(name)[: self.rows]).T.contiguous()
+            split(block, points=points, seed=context.seed)
             context.progress(self.name, i + 1, len(blocks(gm)), name)
         sizes = {n: f"{b.experts} x {b.expert_size}" for n, b in blocks(gm).items()}
         return PassResult(gm, True, sizes)

@@ -44,7 +44,7 @@ def demo(
         folder: Where finished stages and the converted model are stored.
         model: See :func:`load_pretrained`.
         budget: See :func:`convert`.
-        thorough: Train some four times as long.
+        thorough: Train some six times as long.
         progress: Told how far a stage has come.
         passages: Use only so many passages.
         shapes: (batch, length) to time.
