@@ -64,7 +64,7 @@ def main():
             "ONNX Runtime": lambda: session(inputs),  # noqa: B023
             "skimp": lambda: fast(**inputs),  # noqa: B023
         }
-        result = compare(calls, "skimp", seconds=4 if args.quick else 12)
+        result = compare(calls, "skimp", seconds=8 if args.quick else 25, rest=0.2, warm=3)
         rows.append({"batch": batch, "length": length, **result.as_dict()})
         if not args.json:
             gains = "  ".join(

@@ -53,7 +53,8 @@ def compare(
     seconds: float = 2.0,
     least: int = 7,
     most: int = 200,
-    rest: float = 0.02,
+    rest: float = 0.0,
+    warm: int = 1,
 ) -> Comparison:
     """Time calls one after the other, round by round.
 
@@ -63,8 +64,10 @@ def compare(
         seconds: About how long to measure.
         least: At least this many rounds.
         most: At most this many rounds.
-        rest: Seconds of quiet before each call: idle workers of OpenMP and of ONNX Runtime spin for
-            some milliseconds, and would take a core from whoever comes next.
+        rest: Seconds of quiet before each turn. Idle threads of ONNX Runtime spin, and for a while
+            take a core from whoever comes next, whose calls then last up to twice as long.
+        warm: Calls of a turn before the measured one: the caches should be its own, not its
+            predecessor's, and its threads awake.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
@@ -75,7 +78,8 @@ def compare(
         while rounds < least or (time.perf_counter() < end and rounds < most):
             for name, call in calls.items():
                 time.sleep(rest)
-                call()  # once unmeasured: the caches are its own, not its predecessor's
+                for _ in range(warm):
+                    call()
                 start = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - start)
