@@ -1,4 +1,4 @@
-"""The command line: ``skimp demo | explain | convert | bench | doctor``."""
+"""The command line: ``skimp demo | explain | convert | bench | aot | doctor``."""
 
 import json
 import os
@@ -210,6 +210,40 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
+
+
+@app.command(epilog="Example:  skimp aot out/model --target sm_90")
+def aot(
+    folder: Annotated[Path, typer.Argument(help="A converted model.")],
+    target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100, gfx942 or gfx90a.")] = "sm_90",
+    out: Annotated[Path | None, typer.Option(help="Of the kernels; default FOLDER/TARGET.")] = None,
+    model: Annotated[str, typer.Option(help="The dense model it was made of.")] = "minilm",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model's GPU kernels for a device that need not be here, and report what they take.
+
+    NVIDIA kernels report bytes spilled, AMD ones registers spilled.
+    """
+    from .codegen.triton import aot as ahead
+    from .codegen.triton.bundle import write
+    from .passes.lift import blocks
+    from .runtime.models import load_pretrained
+    from .runtime.store import load
+
+    gm = load(folder, load_pretrained(model).model)
+    specs = sorted({ahead.spec_of(b, dtype) for b in blocks(gm).values()}, key=lambda s: s.name)
+    path = out or folder / f"{target}.kernels"
+    lines = [c.line() for c in write(path, specs, target)]
+    if as_json:
+        print(json.dumps(lines))  # noqa: T201
+        return
+    names = ("kernel", "registers", "spills", "shared", "programs", "matrix")
+    table = Table(*names)
+    for found in lines:
+        table.add_row(*(str(found[n]) for n in names))
+    _out.print(table)
+    _out.print(f"Kernels: {path}")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...ir.block import DynkFFN
 from ...ir.errors import CompileError
 from .emit import emit
 from .load import interpreting, load
@@ -79,9 +80,17 @@ class Compiled:
         return {"kernel": self.kernel.name, "warps": self.kernel.warps, **known}
 
 
+def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
+    """The spec of a block of a converted model, with its weights stored as ``dtype``."""
+    biases = (block.b_in is not None, block.b_gate is not None, block.b_out is not None)
+    sizes = (block.expert_size, block.d, block.d_ff, block.d_out)
+    return TritonSpec(block.act, block.gated, *biases, *sizes, dtype)
+
+
 def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
     """Every kernel that calls of a block can launch, with default tiles."""
     own, f32, i32 = _TYPES[spec.dtype], "*fp32", "*i32"
+    hopper = target in ("sm_90", "sm_100")
     route = dict(scores=own, tau=f32)
     first = dict(w_in=own, b_in=own, w_gate=own, b_gate=own)
     listed = dict(x=own, lists=i32, counts=i32, tiles=i32, total=i32, **first)
@@ -96,16 +105,16 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         found.append(Kernel(label or function, function, signature, constants, warps, stages))
 
     for rows in (1, FEW_ROWS):
-        tiles = fitted(default_tiles(spec, "few", rows), target)
+        tiles = fitted(default_tiles(spec, "few", rows, hopper=hopper), target)
         sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
         add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, done=i32, y=own,
                         rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
     block = selection_rows(spec, "masked")
     add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
-    tiles = default_tiles(spec, "masked", MANY)
+    tiles = default_tiles(spec, "masked", MANY, hopper=hopper)
     sizes = {"BM": tiles.rows, "BH": tiles.neurons}
     add("masked", dict(up=own, gate=own, scores=own, limits=f32, rows="i32"), sizes, tiles)
-    tiles = fitted(default_tiles(spec, "blocks", MANY), target)
+    tiles = fitted(default_tiles(spec, "blocks", MANY, hopper=hopper), target)
     add("blocks", dict(x=own, scores=own, limits=f32, **first, h=own, rows="i32"),
         tiles.constants, tiles)  # fmt: skip
     block = selection_rows(spec, "pairs")
@@ -113,7 +122,7 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         ("lists", "lists_hidden", dict(h=own, entries="i32")),
         ("pairs", "pairs", dict(w_out=own, sums=f32)),
     ):
-        tiles = fitted(default_tiles(spec, plan, MANY), target)
+        tiles = fitted(default_tiles(spec, plan, MANY, hopper=hopper), target)
         rests = int(plan == "lists")
         sizes = {"BR": block, "SPAN": SPAN, "RESTS": rests}
         add("route", dict(**route, counts=i32, lists=i32, rows="i32"), sizes, None, f"route-{plan}")

@@ -19,6 +19,7 @@ from .emit import emit
 from .load import interpreting, load
 from .spec import (
     FEW_ROWS,
+    PRECISIONS,
     SPAN,
     Tiles,
     TritonSpec,
@@ -31,6 +32,7 @@ from .spec import (
 from .tuned import recall
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_precision: list[str] = []
 _fallbacks: dict[str, int] = {}
 _prepared: dict[tuple[Any, ...], TritonSpec | str] = {}
 
@@ -38,6 +40,22 @@ _prepared: dict[tuple[Any, ...], TritonSpec | str] = {}
 def install() -> None:
     """Let the op run generated kernels on CUDA tensors from now on, in this process."""
     use_cuda_kernel(dynk_ffn_cuda)
+
+
+def use_float32(precision: str | None) -> None:
+    """Choose the arithmetic of float32 products.
+
+    Args:
+        precision: ``ieee``; ``tf32``; ``tf32x3``, which splits operands so that three products on
+            tensor cores come within some 1e-6 of IEEE arithmetic; or ``None`` to follow
+            :func:`torch.get_float32_matmul_precision`.
+
+    Raises:
+        ValueError: Another word.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    _precision[:] = [] if precision is None else [precision]
 
 
 def fallbacks() -> dict[str, int]:
@@ -61,12 +79,14 @@ def dynk_ffn_cuda(
     """Run the op; arguments and result as in :func:`skimp.ir.reference`.
 
     Storage is float32, bfloat16 or float16, accumulation float32; float32 products follow
-    :func:`torch.get_float32_matmul_precision` (``highest`` is IEEE arithmetic, else TF32). Sums
-    are atomic unless :func:`torch.use_deterministic_algorithms` is on. Other dtypes, and machines
+    :func:`torch.get_float32_matmul_precision` (``highest`` is IEEE arithmetic, else TF32) unless
+    :func:`use_float32` says otherwise. Few rows, and ``tf32x3``, sum atomically unless
+    :func:`torch.use_deterministic_algorithms` is on. Other dtypes, and machines
     without Triton, run the reference, with a warning the first time.
     """
     weights = (w_in, b_in, w_gate, b_gate, w_out, b_out)
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    followed = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = _precision[0] if _precision else followed
     key = (
         act, expert_size, precision, x.dtype, x.shape[-1], scores.shape[-1], scores.dtype, x.device,
         x.shape[:-1] == scores.shape[:-1],
@@ -119,7 +139,7 @@ def run(
     bias = w_in if b_out is None else b_out.contiguous()
     if tau.device != x.device:
         tau = tau.to(x.device)
-    tiles = tiles or default_tiles(spec, plan, rows)
+    tiles = tiles or default_tiles(spec, plan, rows, hopper=_hopper(x.device))
     launch = _Launch(spec, tiles, _module(spec), x.device)
     if plan == "few":
         launch.few(x, scores, tau, first, w_out, bias, y, rows)
@@ -262,6 +282,13 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3  # the interpreter: more than one, to walk in strides
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def programs(device: torch.device, tiles: Tiles) -> int:

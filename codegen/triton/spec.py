@@ -99,6 +99,7 @@ def choose(spec: TritonSpec, rows: int, *, deterministic: bool = False) -> str:
         ``lists``: the first product runs over lists of the rows of each expert, the second is
         dense: its sum over experts then stays in registers, which on tensor cores costs less than
         ``pairs``, where both run over lists, the hidden tile stays on chip, and sums are atomic.
+        Where products are slow (``tf32x3``), ``pairs`` is the faster.
         ``masked``: dense products, the activations of resting experts set to zero between them;
         for experts too small for a tile, which on tensor cores save nothing.
         ``blocks``: like ``masked``, but in one kernel that leaves out blocks of rows and neurons
@@ -109,8 +110,11 @@ def choose(spec: TritonSpec, rows: int, *, deterministic: bool = False) -> str:
     # A list of rows pays where it fills tiles, and an expert where it fills a tensor core.
     if spec.expert_size < 64 or rows * spec.experts < 1 << 15:
         return "masked"
-    # IEEE and split products leave the second one the slower; there atomic sums are cheap
-    return "pairs" if spec.dtype == "float32" and not deterministic else "lists"
+    if spec.dtype != "float32":
+        return "lists"
+    # PyTorch's IEEE and TF32 products outrun Triton's by more than skipping saves; Triton's split
+    # one outruns IEEE, and the second product must then be Triton's too
+    return "pairs" if spec.precision == "tf32x3" and not deterministic else "masked"
 
 
 def shape_class(rows: int) -> str:
@@ -120,8 +124,8 @@ def shape_class(rows: int) -> str:
     return str(min(padded(rows, 64), 65536))
 
 
-def default_tiles(spec: TritonSpec, plan: str, rows: int) -> Tiles:
-    """Tiles that do well untuned."""
+def default_tiles(spec: TritonSpec, plan: str, rows: int, *, hopper: bool = True) -> Tiles:
+    """Tiles that do well untuned, on an H100 or (not ``hopper``) without its matrix unit."""
     wide = spec.dtype == "float32"
     if plan == "few":
         if rows == 1:
@@ -132,7 +136,9 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int) -> Tiles:
     if plan == "masked":
         return Tiles(32, 128, 16, 16, 4, 1)
     if not wide:
-        tiles = Tiles(128, 128, 64, 128, 8, 3)
+        # two sums of a gated tile leave registers for half the neurons
+        half = spec.gated and (plan != "lists" or not hopper)
+        tiles = Tiles(128, 64 if half else 128, 64, 128, 8, 3)
     elif plan != "pairs":
         tiles = Tiles(64, 64, 32, 64, 8, 2)
     elif spec.precision == "ieee":

@@ -1,0 +1,158 @@
+"""Run by test_triton.py in a process where Triton interprets: numbers against the reference."""
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimp.codegen.triton import kernels as K
+from skimp.codegen.triton.spec import TritonSpec
+from skimp.codegen.triton.tune import plans
+from skimp.ir import reference
+from triton.runtime import interpreter
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
+
+# (d, d_ff, d_out, expert size, gated, biases, act)
+CASES = [
+    (13, 30, 13, 5, False, True, "gelu"),
+    (16, 24, 40, 3, True, False, "silu"),
+    (40, 32, 104, 8, False, True, "relu"),
+    (33, 12, 7, 1, True, True, "gelu_tanh"),
+    (64, 192, 80, 64, True, True, "silu"),
+    (24, 48, 24, 48, False, False, "identity"),  # one expert
+]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def dots_of_bfloat16():
+    """The interpreter multiplies the bits of bfloat16 as integers; widen them as devices do."""
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widen(t):
+        if t.dtype.scalar != tl.bfloat16:
+            return t
+        bits = (t.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(bits, tl.float32)
+
+    def dot(self, a, b, d, precision, imprecise):
+        return plain(self, widen(a), widen(b), d, precision, imprecise)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+    yield
+    interpreter.InterpreterBuilder.create_dot = plain
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_buffers():
+    """Whatever a kernel does not write is seen."""
+    made, patch = torch.empty, pytest.MonkeyPatch()
+    patch.setattr(torch, "empty", lambda *a, **k: poison(made(*a, **k)))
+    new = torch.Tensor.new_empty
+    patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new(*a, **k)))
+    yield
+    patch.undo()
+
+
+def poison(t):
+    return t.fill_(float("nan") if t.is_floating_point() else 1 << 30)
+
+
+def make(case, rows, dtype=torch.float32, seed=0, share=0.5):
+    d, d_ff, d_out, e, gated, bias, act = case
+    g = torch.Generator().manual_seed(seed)
+
+    def r(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    scores = torch.rand(rows, d_ff // e, generator=g)
+    scores = torch.where(scores < share, scores * 0.1, scores).to(dtype)
+    return [
+        r(rows, d), scores, torch.tensor(0.3), r(d_ff, d, scale=d**-0.5),
+        r(d_ff) if bias else None, r(d_ff, d, scale=d**-0.5) if gated else None,
+        r(d_ff) if gated and bias else None, r(d_ff, d_out, scale=d_ff**-0.5),
+        r(d_out) if bias else None, e, act,
+    ]  # fmt: skip
+
+
+def check(args, only=None):
+    x, scores = args[:2]
+    spec = K._prepare(x, scores, tuple(args[3:9]), args[9], args[10], "ieee")
+    assert isinstance(spec, TritonSpec), spec
+    double = [t.double() if isinstance(t, torch.Tensor) and i != 1 else t
+              for i, t in enumerate(args)]  # fmt: skip
+    want = reference(*double)
+    ok = want.isfinite()
+    rows = x.shape[0]
+    for plan in only or {*plans(spec, rows), "pairs", "lists", "blocks"}:
+        got = K.run(spec, plan, *args[:9])
+        assert got.dtype == x.dtype
+        assert torch.equal(got.isnan(), want.isnan()), plan
+        error = (got.double() - want)[ok].norm() / want[ok].norm().clamp_min(1e-12)
+        assert error <= TOLERANCE[x.dtype], (plan, float(error))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_against_the_reference(case, dtype):
+    for rows in (1, 2, 133):
+        check(make(case, rows, dtype))
+    assert not K.fallbacks()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    d=st.integers(1, 40), experts=st.integers(1, 9), size=st.sampled_from([1, 2, 3, 8, 16, 20]),
+    d_out=st.integers(1, 40), gated=st.booleans(), bias=st.booleans(), rows=st.integers(1, 70),
+    tau=st.sampled_from([0.0, 0.1, 0.5, 1.0]), share=st.floats(0, 1), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(d, experts, size, d_out, gated, bias, rows, tau, share, seed):
+    case = (d, experts * size, d_out, size, gated, bias, "silu" if gated else "relu")
+    args = make(case, rows, seed=seed, share=share)
+    args[2] = torch.tensor(tau)
+    check(args)
+
+
+@pytest.mark.parametrize("rows", [4, 90])
+def test_all_to_one_and_empty_experts(rows):
+    args = make(CASES[2], rows)
+    args[1] = torch.zeros(rows, 4)
+    args[1][:, 2] = 1
+    check(args)
+
+
+@pytest.mark.parametrize("rows", [3, 30])
+@pytest.mark.parametrize("what", [0, 1, "zero scores"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(rows, what, value):
+    args = make(CASES[2], rows)
+    if what == "zero scores":
+        args[1][1] = 0
+    else:
+        args[what] = args[what].clone()
+        args[what][1, 1] = value
+    check(args)
+
+
+def test_the_entry_point():
+    args = make(CASES[2], 6)
+    want = reference(*args)
+    assert torch.allclose(K.dynk_ffn_cuda(*args), want, atol=1e-5)
+    deep = [args[0].view(2, 3, 40), args[1].view(2, 3, 4), *args[2:]]
+    assert K.dynk_ffn_cuda(*deep).shape == (2, 3, 104)
+    turned = [args[0].T.contiguous().T, *args[1:]]
+    assert torch.allclose(K.dynk_ffn_cuda(*turned), want, atol=1e-5)
+    none = [args[0][:0], args[1][:0], *args[2:]]
+    assert K.dynk_ffn_cuda(*none).shape == (0, 104)
+    broad = [args[0], args[1][:1], *args[2:]]
+    with pytest.warns(UserWarning, match="do not fit"):
+        assert torch.equal(K.dynk_ffn_cuda(*broad), reference(*broad))
+    double = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
+    with pytest.warns(UserWarning, match="plain reference: dtype torch.float64"):
+        K.dynk_ffn_cuda(*double)
+    torch.use_deterministic_algorithms(True)
+    assert torch.allclose(K.dynk_ffn_cuda(*args), want, atol=1e-5)
+    torch.use_deterministic_algorithms(False)
+    K._fallbacks.clear()
