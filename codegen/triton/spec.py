@@ -138,7 +138,8 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int, *, hopper: bool = True
     if not wide:
         # two sums of a gated tile leave registers for half the neurons
         half = spec.gated and (plan != "lists" or not hopper)
-        tiles = Tiles(128, 64 if half else 128, 64, 128, 8, 3)
+        columns = 128 if hopper or plan != "pairs" else 64
+        tiles = Tiles(128, 64 if half else 128, 64, columns, 8, 3)
     elif plan != "pairs":
         tiles = Tiles(64, 64, 32, 64, 8, 2)
     elif spec.precision == "ieee":

@@ -57,7 +57,7 @@ def test_the_generated_text(name):
 @pytest.fixture(scope="module")
 def built():
     return {(target, spec): compile_all(spec, target) for target, spec in
-            (("sm_90", PLAIN), ("sm_80", GATED))}  # fmt: skip
+            (("sm_90", PLAIN), ("sm_80", PLAIN), ("sm_80", GATED))}  # fmt: skip
 
 
 def test_defaults_do_not_spill_and_fit(built):
