@@ -24,6 +24,7 @@ from skimp.codegen.triton.aot import TARGETS, compile_all
 from skimp.codegen.triton.spec import TritonSpec, choose
 from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import dynk_ffn, reference
+from skimp.ir.cost import write_atomically
 from torch.nn import functional as F
 
 SHAPES = [(384, 1536, False), (768, 3072, False), (576, 1536, True), (2048, 8192, True)]
@@ -317,10 +318,7 @@ def report(targets=TARGETS):
 
 def save(result, path):
     """Write the results at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(result, indent=1))
-    os.replace(scratch, path)
+    write_atomically(path, json.dumps(result, indent=1).encode())
 
 
 def lines():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...ir.errors import CompileError
 from ...ir.op import reference, use_cpu_kernel
+from ..spec import Weights, constants_of, shapes_fit
 from .build import build
 from .emit import emit
 from .spec import KernelSpec, LinearSpec, detect_isa
@@ -123,35 +124,18 @@ _prepared: dict[tuple[Any, ...], Callable[..., int] | str] = {}
 
 
 def _prepare(
-    x: Tensor, scores: Tensor, weights: tuple[Tensor | None, ...], expert_size: int, act: str
+    x: Tensor, scores: Tensor, weights: Weights, expert_size: int, act: str
 ) -> Callable[..., int] | str:
     """The kernel for such arguments, or why there is none. Kernels trust what is checked here."""
-    w_in, b_in, w_gate, b_gate, w_out, b_out = weights
-    assert w_in is not None
-    assert w_out is not None
     tensors = [t for t in (x, scores, *weights) if t is not None]
     if x.dtype not in _DTYPES or any(t.dtype is not x.dtype for t in tensors):
         return f"dtype {', '.join(sorted({str(t.dtype) for t in tensors}))}"
     if not all(t.is_cpu for t in tensors):
         return "weights that are not on the CPU"
-    (d_ff, d), d_out, experts = w_in.shape, w_out.shape[1], scores.shape[-1]
-    fits = (
-        min(d_ff, d, d_out) > 0
-        and experts * expert_size == d_ff
-        and x.shape[-1] == d
-        and x.shape[:-1] == scores.shape[:-1]
-        and w_out.shape[0] == d_ff
-        and all(t is None or t.shape == (d_ff,) for t in (b_in, b_gate))
-        and (w_gate is None or w_gate.shape == w_in.shape)
-        and (b_gate is None or w_gate is not None)
-        and (b_out is None or b_out.shape == (d_out,))
-    )
-    if not fits:
+    if not shapes_fit(x, scores, weights, expert_size):
         return "shapes that do not fit one another, or are empty"
-    spec = KernelSpec(
-        act, w_gate is not None, b_in is not None, b_gate is not None, b_out is not None,
-        expert_size, d, d_ff, d_out, _DTYPES[x.dtype], detect_isa(),
-    )  # fmt: skip
+    constants = constants_of(weights, expert_size, act, _DTYPES[x.dtype])
+    spec = KernelSpec(**constants, isa=detect_isa())
     try:
         return kernel(spec)
     except CompileError as error:

@@ -1,10 +1,11 @@
 """What a CPU kernel is generated for."""
 
 import functools
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
+
+from ..spec import BlockSpec
 
 FLAGS = {
     "avx512": ("-mavx512f", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
@@ -27,37 +28,14 @@ class _Compiled:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelSpec(_Compiled):
+class KernelSpec(_Compiled, BlockSpec):
     """Everything that is constant in the text of a kernel.
 
     Attributes:
-        act: A key of :data:`skimp.ir.ACTIVATIONS`.
-        gated: A second projection gates the hidden neurons.
-        b_in, b_gate, b_out: Which biases there are.
-        expert_size: Neurons per expert.
-        d, d_ff, d_out: Widths.
-        dtype: ``float32`` or ``bfloat16``, of the storage; accumulation is float32.
         isa: ``avx512``, ``avx2`` or ``portable``.
     """
 
-    act: str
-    gated: bool
-    b_in: bool
-    b_gate: bool
-    b_out: bool
-    expert_size: int
-    d: int
-    d_ff: int
-    d_out: int
-    dtype: str
     isa: str
-
-    @property
-    def name(self) -> str:
-        """Readable and unique."""
-        kind = "gated_" if self.gated else ""
-        digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
-        return f"{kind}{self.act}_{self.d}_{self.d_ff}_{self.dtype}_e{self.expert_size}_{digest}"
 
 
 @dataclass(frozen=True, slots=True)

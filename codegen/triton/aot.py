@@ -10,6 +10,7 @@ from typing import Any
 
 from ...ir.block import DynkFFN
 from ...ir.errors import CompileError
+from ..spec import constants_of
 from .emit import emit
 from .load import interpreting, load
 from .spec import FEW_ROWS, SPAN, Tiles, TritonSpec, default_tiles, selection_rows
@@ -82,9 +83,8 @@ class Compiled:
 
 def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
     """The spec of a block of a converted model, with its weights stored as ``dtype``."""
-    biases = (block.b_in is not None, block.b_gate is not None, block.b_out is not None)
-    sizes = (block.expert_size, block.d, block.d_ff, block.d_out)
-    return TritonSpec(block.act, block.gated, *biases, *sizes, dtype)
+    weights = (block.w_in, block.b_in, block.w_gate, block.b_gate, block.w_out, block.b_out)
+    return TritonSpec(**constants_of(weights, block.expert_size, block.act, dtype))
 
 
 def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:

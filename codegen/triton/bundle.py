@@ -2,14 +2,14 @@
 
 import ctypes
 import hashlib
+import io
 import json
-import os
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...ir.cost import write_atomically
 from ...ir.errors import ArtefactError, CompileError
 from .aot import Compiled, compile_all
 from .spec import TritonSpec
@@ -58,18 +58,13 @@ def write(path: Path, specs: list[TritonSpec], target: str) -> list[Compiled]:
     text = json.dumps(manifest, indent=1)
     vouched = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()})
     content: dict[str, str | bytes] = {"manifest.json": text, "digest.json": vouched, **binaries}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as held:
+        for name, data in content.items():
+            # a fixed date, so that equal kernels make equal files
+            held.writestr(zipfile.ZipInfo(name), data)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=".write-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as held:
-                for name, data in content.items():
-                    # a fixed date, so that equal kernels make equal files
-                    held.writestr(zipfile.ZipInfo(name), data)
-            os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
     return compiled

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...ir.errors import CompileError
 from ...ir.op import reference, use_cuda_kernel
+from ..spec import Weights, constants_of, shapes_fit
 from .emit import emit
 from .load import interpreting, load
 from .spec import (
@@ -90,7 +91,7 @@ def dynk_ffn_cuda(
     key = (
         act, expert_size, precision, x.dtype, x.shape[-1], scores.shape[-1], scores.dtype, x.device,
         x.shape[:-1] == scores.shape[:-1],
-        *((None if t is None else (t.dtype, t.shape, t.device)) for t in (scores, *weights)[1:]),
+        *((None if t is None else (t.dtype, t.shape, t.device)) for t in weights),
         scores.device,
     )  # fmt: skip
     spec = _prepared.get(key)
@@ -304,13 +305,13 @@ def _module(spec: TritonSpec) -> Any:
 def _prepare(
     x: Tensor,
     scores: Tensor,
-    weights: tuple[Tensor | None, ...],
+    weights: Weights,
     expert_size: int,
     act: str,
     precision: str,
 ) -> TritonSpec | str:
     """The spec of such arguments, or why there is none. Kernels trust what is checked here."""
-    w_in, b_in, w_gate, b_gate, w_out, b_out = weights
+    w_in, w_out = weights[0], weights[4]
     assert w_in is not None
     assert w_out is not None
     given = [t for t in (x, *weights) if t is not None]
@@ -322,26 +323,11 @@ def _prepare(
         return f"kernels for GPUs cannot run on {x.device.type}"
     if w_in.dim() != 2 or w_out.dim() != 2:
         return "weights that are not matrices"
-    (d_ff, d), d_out, experts = w_in.shape, w_out.shape[1], scores.shape[-1]
-    fits = (
-        min(d_ff, d, d_out) > 0
-        and experts * expert_size == d_ff
-        and x.shape[-1] == d
-        and x.shape[:-1] == scores.shape[:-1]
-        and w_out.shape[0] == d_ff
-        and all(t is None or t.shape == (d_ff,) for t in (b_in, b_gate))
-        and (w_gate is None or w_gate.shape == w_in.shape)
-        and (b_gate is None or w_gate is not None)
-        and (b_out is None or b_out.shape == (d_out,))
-        and max(w_in.numel(), w_out.numel()) < 2**31
-    )
-    if not fits:
+    fits = shapes_fit(x, scores, weights, expert_size)
+    if not fits or max(w_in.numel(), w_out.numel()) >= 2**31:
         return "shapes that do not fit one another, are empty, or are too large"
-    spec = TritonSpec(
-        act, w_gate is not None, b_in is not None, b_gate is not None, b_out is not None,
-        expert_size, d, d_ff, d_out, _DTYPES[x.dtype],
-        precision if x.dtype == torch.float32 else "ieee",
-    )  # fmt: skip
+    constants = constants_of(weights, expert_size, act, _DTYPES[x.dtype])
+    spec = TritonSpec(**constants, precision=precision if x.dtype == torch.float32 else "ieee")
     try:
         _module(spec)
     except CompileError as error:

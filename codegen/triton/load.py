@@ -4,11 +4,9 @@ import functools
 import hashlib
 import importlib.util
 import os
-import tempfile
-from pathlib import Path
 from types import ModuleType
 
-from ...ir.cost import cache_dir
+from ...ir.cost import cache_dir, write_atomically
 from ...ir.errors import CompileError
 
 
@@ -38,7 +36,7 @@ def load(source: str, name: str) -> ModuleType:
     try:
         # compared and not trusted: a damaged file must not become a kernel
         if not path.exists() or path.read_text() != source:
-            _write(path, source)
+            write_atomically(path, source.encode())
     except OSError as error:
         raise CompileError(
             f"the kernel cache {path.parent} cannot be written ({error.strerror or error}); free "
@@ -50,15 +48,3 @@ def load(source: str, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=".write-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise

@@ -1,7 +1,8 @@
 """What a GPU kernel is generated for, which kernels a call takes, and the sizes of their tiles."""
 
-import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+
+from ..spec import BlockSpec
 
 FEW_ROWS = 16
 SPAN = 4096
@@ -10,42 +11,19 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class TritonSpec:
+class TritonSpec(BlockSpec):
     """Everything that is constant in the text of a kernel.
 
     Attributes:
-        act: A key of :data:`skimp.ir.ACTIVATIONS`.
-        gated: A second projection gates the hidden neurons.
-        b_in, b_gate, b_out: Which biases there are.
-        expert_size: Neurons per expert.
-        d, d_ff, d_out: Widths.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, of the storage; accumulation is float32.
         precision: Of float32 products: ``ieee``, ``tf32`` or ``tf32x3``. Else without effect.
     """
 
-    act: str
-    gated: bool
-    b_in: bool
-    b_gate: bool
-    b_out: bool
-    expert_size: int
-    d: int
-    d_ff: int
-    d_out: int
-    dtype: str
     precision: str = "ieee"
 
     @property
     def experts(self) -> int:
         """Number of experts, E."""
         return self.d_ff // self.expert_size
-
-    @property
-    def name(self) -> str:
-        """Readable and unique."""
-        kind = "gated_" if self.gated else ""
-        digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
-        return f"{kind}{self.act}_{self.d}_{self.d_ff}_{self.dtype}_e{self.expert_size}_{digest}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,12 @@
 
 import functools
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ...ir.cost import cache_dir
+from ...ir.cost import cache_dir, write_atomically
 from ...ir.errors import ArtefactError
 from .spec import Tiles, TritonSpec
 
@@ -43,12 +41,7 @@ def remember(
     path = _path(key)
     ours = {n: (p, asdict(t)) for (k, n), (p, t) in _found.items() if k == key}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_load(path) | ours, indent=1)
-        handle, scratch = tempfile.mkstemp(prefix=".write-", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(scratch, path)
+        write_atomically(path, json.dumps(_load(path) | ours, indent=1).encode())
     except OSError as error:
         raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
 
