@@ -17,7 +17,7 @@ from .budget import Budget, parse_target
 from .choose import Choose
 from .data import Batch
 from .find import Found, find
-from .lift import lift
+from .lift import blocks, lift
 from .pipeline import run, spec
 from .recover import Recover
 from .route import Route, Split
@@ -31,7 +31,7 @@ class Converted:
 
     Attributes:
         model: The converted model; call it like the original.
-        teacher: The original as a graph with blocks at tau = 0.
+        teacher: The original as a graph with blocks that stay dense.
         found: Sites and near misses.
         history: One record per pass.
     """
@@ -56,10 +56,10 @@ def recipe(budget: str = "flops <= 0.55", *, thorough: bool = False) -> list[Pas
         Sparsify(tokens=450_000 if thorough else 90_000),
         Split(),
         Route(steps=1500 if thorough else 800),
-        # The quick form is bounded in time too: on a slow machine it does less, not longer.
+        # Bounded in time too: on a slow machine it does less, not longer.
         Recover(
             share=max(0.05, share),
-            steps=1150 if thorough else 190,
+            steps=3000 if thorough else 600,
             seconds=1900 if thorough else 390,
         ),
         Budget(target=budget),
@@ -112,8 +112,11 @@ def convert(
     context = Context(teacher, train, held, output, progress, seed)
     steps = list(passes) if passes is not None else recipe(budget)
     identity = fingerprint(teacher, [*train, *held], f"{expert_size},{router_width},{seed}")
+    student = copy.deepcopy(teacher)
+    for block in blocks(teacher).values():
+        block.dense = True
     gm, history = run(
-        steps, teacher, context, folder=Path(folder) if folder else None, identity=identity
+        steps, student, context, folder=Path(folder) if folder else None, identity=identity
     )
     gm.meta["skimp.pipeline"] = spec(steps)
     return Converted(gm, teacher, found, history)

@@ -29,6 +29,7 @@ from .base import (
     expert_norms,
     first_tensor,
     hoyer,
+    mixed_precision,
     real_rows,
     replaced,
     trainable,
@@ -40,9 +41,10 @@ from .lift import blocks
 class _Gated(nn.Module):
     """A block in training: the share of experts that run is set, the threshold follows."""
 
-    def __init__(self, block: DynkFFN) -> None:
+    def __init__(self, block: DynkFFN, alpha: float) -> None:
         super().__init__()
         self.block = block
+        self.alpha = alpha
         self.share = 1.0
         self.mask: Tensor | None = None
         self.router_loss = self.hoyer = torch.tensor(0.0)
@@ -55,11 +57,12 @@ class _Gated(nn.Module):
         tau = relative_quantile(real_rows(ratio, self.mask), self.share)
         with torch.no_grad():
             norms = expert_norms(block, h)
-        error = (real_rows(scores, self.mask) - real_rows(norms, self.mask)).square().mean()
-        self.router_loss = error / real_rows(norms, self.mask).square().mean().clamp_min(1e-12)
-        self.hoyer = hoyer(real_rows(h, self.mask)).mean()
-        run = (ratio >= tau).repeat_interleave(block.expert_size, -1)
-        return block.project(h * run)
+        self.router_loss = relative_error(scores, norms, self.mask, norms.float().square().mean())
+        if self.alpha:
+            self.hoyer = real_rows(hoyer(h)[..., None], self.mask).mean()
+        run = (ratio >= tau)[..., None]
+        h = h.unflatten(-1, (block.experts, block.expert_size))
+        return block.project((h * run).flatten(-2))
 
 
 def relative(scores: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class Recover(Pass):
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Train ``gm``; thresholds are left to the budget."""
-        gated = {name: _Gated(b) for name, b in blocks(gm).items()}
+        gated = {name: _Gated(b, self.alpha) for name, b in blocks(gm).items()}
         routers = [p for g in gated.values() for p in g.block.router.parameters()]
         held = {id(p) for p in routers}
         embeddings = _embedding_weights(gm)
@@ -128,7 +131,8 @@ class Recover(Pass):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     warm = min(1.0, (step + 1) / 20)
                     group["lr"] = peak * warm * (0.525 + 0.475 * math.cos(math.pi * fraction))
-                loss, cosine = self._loss(gm, gated, context, next(stream))
+                with mixed_precision():
+                    loss, cosine = self._loss(gm, gated, context, next(stream))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(body, 1.0)
@@ -148,9 +152,9 @@ class Recover(Pass):
             want, want_states = _with_states(context.teacher, list(gated), batch)
         got, got_states = _with_states(gm, list(gated), batch)
         pairs = [(got_states[n], want_states[n]) for n in got_states]
-        loss = torch.stack([_relative_error(a, b, mask) for a, b in pairs]).mean()
-        loss = loss + _relative_error(first_tensor(got), first_tensor(want), mask)
-        a, b = (F.normalize(context.output(o, batch), dim=-1) for o in (got, want))
+        loss = torch.stack([relative_error(a, b, mask) for a, b in pairs]).mean()
+        loss = loss + relative_error(first_tensor(got), first_tensor(want), mask)
+        a, b = (F.normalize(context.output(o, batch).float(), dim=-1) for o in (got, want))
         cosine = (a * b).sum(-1).mean()
         loss = loss + 2 * (1 - cosine)
         extra = [g.router_loss + self.alpha * g.hoyer for g in gated.values()]
@@ -171,10 +175,23 @@ class _Tap(Interpreter):
         self.states: dict[str, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
+        if n.target is torch.ops.aten.scaled_dot_product_attention.default:
+            result = self._attention(n)
+        else:
+            result = super().run_node(n)
         if n.target in _NORMS:
             self.states[n.name] = result
         return result
+
+
+    def _attention(self, n: Node) -> Any:
+        """Stay in float32: on CPUs its backward is four times slower in bfloat16."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        wide = [
+            a.float() if isinstance(a, Tensor) and a.dtype is torch.bfloat16 else a for a in args
+        ]
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(*wide, **kwargs)
 
 
 def _with_states(gm: GraphModule, names: list[str], batch: Batch) -> tuple[Any, dict[str, Tensor]]:
@@ -195,9 +212,17 @@ def _with_states(gm: GraphModule, names: list[str], batch: Batch) -> tuple[Any, 
     return gm.graph.process_outputs(outputs), tap.states
 
 
-def _relative_error(got: Tensor, want: Tensor, mask: Tensor | None) -> Tensor:
-    a, b = real_rows(got, mask), real_rows(want, mask)
-    return F.mse_loss(a, b) / b.var().clamp_min(1e-12)
+def relative_error(
+    got: Tensor, want: Tensor, mask: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """Mean squared error over real tokens, divided by the variance of what is wanted, or ``scale``.
+
+    Rows are reduced before padding is dropped: to drop it first, autograd would scatter the
+    gradient of every column.
+    """
+    error = (got.float() - want.float()).square().mean(-1, keepdim=True)
+    scale = want.float().var() if scale is None else scale
+    return real_rows(error, mask).mean() / scale.clamp_min(1e-12)
 
 
 def _embedding_weights(gm: GraphModule) -> set[int]:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..ir.block import DynkFFN
-from .base import Context, Pass, PassResult, capture, hoyer, trainable
+from .base import Context, Pass, PassResult, capture, hoyer, mixed_precision, trainable
 from .data import Batch, count_tokens
 from .lift import blocks
 
@@ -117,10 +117,12 @@ class Sparsify(Pass):
         for _ in range(self.epochs):
             order = torch.randperm(len(x), generator=generator)
             for rows in order.split(self.batch):
-                h = block.hidden(x[rows])
-                error = F.mse_loss(block.project(h), want[rows]) / variance
+                with mixed_precision():
+                    h = block.hidden(x[rows])
+                    error = F.mse_loss(block.project(h).float(), want[rows]) / variance
+                    loss = error + alpha * hoyer(h.float()).mean()
                 optimizer.zero_grad(set_to_none=True)
-                (error + alpha * hoyer(h).mean()).backward()
+                loss.backward()
                 optimizer.step()
                 zeros = (h.detach() == 0).float().mean()
         return {"error": error.item(), "zeros": zeros.item()}
