@@ -94,8 +94,9 @@ class Budget(Pass):
         kind, wanted = parse_target(self.target)
         low, high = 0.0, 1.0
         tried: list[dict[str, Any]] = []
-        if kind == "flops":  # aim a little below, since other text will differ a little
-            low = high = max(0.0, wanted - 0.006 - _router_share(gm))
+        margin = 0.003  # other text will differ a little
+        if kind == "flops":
+            low = high = max(0.0, wanted - margin - _router_share(gm))
         while True:
             share = (low + high) / 2
             taus = taus_at(gm, context, [share])[0]
@@ -104,10 +105,10 @@ class Budget(Pass):
             tried.append(dict(share=share, cosine=quality.cosine, flops=quality.flops))
             context.progress(self.name, len(tried), len(tried) + 1, f"cosine {quality.cosine:.3f}")
             if kind == "flops":
-                # The share before this block's thresholds changed what later blocks see.
-                if quality.flops <= wanted or len(tried) == 4:
+                # A share counts scores of a sample; thresholds change what later blocks see.
+                if 0 <= wanted - quality.flops <= 2 * margin or len(tried) == 5:
                     break
-                low = high = share - (quality.flops - wanted) - 0.005
+                low = high = max(0.0, share + wanted - margin - quality.flops)
             elif high - low <= self.tolerance:
                 if quality.cosine >= wanted or high >= 1:
                     break

@@ -59,7 +59,7 @@ def recipe(budget: str = "flops <= 0.55", *, thorough: bool = False) -> list[Pas
         # Bounded in time too: on a slow machine it does less, not longer.
         Recover(
             share=max(0.05, share),
-            steps=3000 if thorough else 600,
+            steps=2600 if thorough else 600,
             seconds=1900 if thorough else 390,
         ),
         Budget(target=budget),
