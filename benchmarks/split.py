@@ -44,12 +44,12 @@ def main():
                 balanced_kmeans(x, experts, seed=seed)
                 times.append(time.perf_counter() - start)
             line = dict(neurons=n, numbers=m, experts=experts, points=kind)
-            line |= dict(seconds=sorted(times)[1], worst=max(times))
+            line |= dict(seconds=sorted(times)[1], least=min(times), most=max(times))
             rows.append(line)
             if not args.json:
                 print(
                     f"{n:6} x {m:5} into {experts:5}, {kind:6}: {line['seconds']:7.3f} s "
-                    f"(at most {line['worst']:.3f})",
+                    f"({line['least']:.3f}-{line['most']:.3f})",
                     flush=True,
                 )
     result = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
