@@ -10,7 +10,8 @@ KINDS = ("blocks", "linear layers", "attention", "norms and elementwise", "betwe
 """``blocks`` are the dynamic-k networks; ``between kernels`` is whatever no operator accounts for:
 Python, guards, allocation, and the profiler itself."""
 
-_CONTAINERS = ("Torch-Compiled Region", "## Call CompiledFxGraph", "TorchDynamo", "ProfilerStep")
+_GENERATED = "graph_"  # a kernel of Inductor's, named after what it fuses and what reads it
+_CONTAINERS = ("Torch", "## Call", "AOTDispatcher", "Pregraph", "ProfilerStep")
 _LINEAR = ("mm", "addmm", "bmm", "linear", "matmul", "mkl", "dot")
 _ATTENTION = ("attention", "softmax")
 
@@ -26,6 +27,8 @@ def kind_of(name: str) -> str | None:
     library, _, op = name.rpartition("::")
     if library == "skimp":
         return "linear layers" if op.startswith("linear") else "blocks"
+    if name.startswith(_GENERATED):
+        return "attention" if "softmax" in name else "norms and elementwise"
     if any(word in op for word in _ATTENTION):
         return "attention"
     if library and any(word in op for word in _LINEAR):

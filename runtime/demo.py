@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def time_encoder(
         }
         with torch.no_grad():
             agree(first_tensor(fast(**inputs)), first_tensor(converted(**inputs)), "compiled", 1e-3)
-        row = {"batch": batch, "length": length}
+        row: dict[str, Any] = {"batch": batch, "length": length}
         row |= compare(calls, "skimp", seconds=seconds).as_dict()
         if session is not None:
             with torch.no_grad():
@@ -270,14 +271,14 @@ def profile_encoder(
 ) -> list[dict[str, Any]]:
     """Where the compiled model's time goes, at the smallest and the largest shape."""
     torch._dynamo.reset()
-    options = {"cpp.enable_kernel_profile": True}
+    options: dict[str, Any] = {"cpp.enable_kernel_profile": True}
     fast = torch.compile(converted, backend="skimp", dynamic=True, options=options)
     rows = []
     for batch, length in dict.fromkeys((shapes[0], shapes[-1])):
         inputs = exactly(tokenizer, text, batch, length)
         with torch.no_grad():
             fast(**inputs)
-        kinds = breakdown(lambda inputs=inputs: fast(**inputs))
+        kinds = breakdown(partial(fast, **inputs))
         rows.append({"batch": batch, "length": length, "seconds": kinds})
     return rows
 

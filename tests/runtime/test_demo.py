@@ -73,7 +73,10 @@ def test_the_main_job_and_its_report(tmp_path, monkeypatch):
         ("graph_0_cpp_fused_native_layer_norm_3", "norms and elementwise"),
         ("graph_0_cpp_fused__softmax_3", "attention"),
         ("aten::empty", "norms and elementwise"),
+        ("graph_0_cpp_fused__scaled_dot_product_attention_slice_0", "norms and elementwise"),
         ("Torch-Compiled Region: 0/1", None),
+        ("TorchDynamo Cache Lookup", None),
+        ("Pregraph bytecode", None),
     ],
 )
 def test_kinds_of_work(event, kind):
