@@ -130,28 +130,23 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert an encoder; start again after an interruption and it goes on where it was."""
-    from .passes.convert import convert as run
-    from .passes.convert import recipe
-    from .passes.data import batches, embedded_text, hold_out
+    from .passes.data import embedded_text
+    from .runtime.demo import convert_text_model
     from .runtime.models import load_pretrained
-    from .runtime.store import save
 
     loaded = load_pretrained(model)
     passages = text.read_text().splitlines() if text else embedded_text()
     passages = [p for p in passages if p.strip()]
-    train, held = hold_out(passages, min(400, max(1, len(passages) // 10)))
-    data = batches(loaded.tokenizer, train)
     with _Bars() as bars:
-        done = run(
-            loaded.model,
-            data,
-            held_out=batches(loaded.tokenizer, held, batch_tokens=8192),
+        done, _ = convert_text_model(
+            loaded,
+            passages,
+            out,
+            stages=out.with_name(out.name + "-stages"),
             budget=budget,
-            passes=recipe(budget, thorough=thorough),
-            folder=out.with_name(out.name + "-stages"),
+            thorough=thorough,
             progress=bars,
         )
-    save(done.model, out, data[0])
     if as_json:
         print(json.dumps(done.history))  # noqa: T201
         return
@@ -164,7 +159,7 @@ def convert(
 
 @app.command(epilog="Example:  skimp bench encoder --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="'block' or 'encoder'.")] = "block",
+    name: Annotated[str, typer.Argument(help="'block', 'encoder' or 'split'.")] = "block",
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats.")] = False,
 ) -> None:

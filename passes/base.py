@@ -16,7 +16,7 @@ from ..ir.cost import ffn_share
 from ..ir.errors import CalibrationError
 from ..ir.measure import compare
 from ..ir.op import select
-from .data import Batch, real_tokens
+from .data import LABELS, Batch, real_tokens
 from .lift import blocks
 
 
@@ -55,6 +55,10 @@ def pooled(outputs: Any, batch: Batch) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
+Loss = Callable[[Any, Batch], Tensor]
+"""From a model's output and the whole batch to one number to be made small, 0-d."""
+
+
 @dataclass(slots=True)
 class Context:
     """What passes may use beside the graph.
@@ -67,6 +71,7 @@ class Context:
         progress: Told how far a stage has come.
         seed: Of every random choice.
         kept: The data last asked for, and the teacher's outputs for it.
+        loss: The user's task, if there is one; else everything is learnt from the teacher.
     """
 
     teacher: GraphModule
@@ -76,12 +81,41 @@ class Context:
     progress: Progress = silent
     seed: int = 0
     kept: tuple[Sequence[Batch], Tensor] | None = None
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
             raise CalibrationError(
                 "the calibration set is empty; give at least a few hundred passages or inputs"
             )
+
+
+def call(gm: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch without what only the loss reads."""
+    return gm(**{name: value for name, value in batch.items() if name != LABELS})
+
+
+def task_loss(context: Context, outputs: Any, batch: Batch) -> Tensor:
+    """The user's loss, checked.
+
+    Raises:
+        CalibrationError: It is not one finite number that depends on the outputs.
+    """
+    assert context.loss is not None
+    value = context.loss(outputs, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise CalibrationError(f"loss returned {shape}; it must return a tensor of one number")
+    if not value.requires_grad:
+        raise CalibrationError(
+            "loss returned a number that does not depend on the model's outputs, so nothing can "
+            "be learnt from it; do not detach them or use .item()"
+        )
+    if not bool(torch.isfinite(value)):
+        raise CalibrationError(
+            f"loss returned {value.item()}; check the labels, or lower the learning rate"
+        )
+    return value.reshape(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +183,7 @@ def watch(
         for batch in data:
             mask = real_tokens(batch)
             with torch.no_grad():
-                outputs = gm(**batch)
+                outputs = call(gm, batch)
             yield batch, outputs
     finally:
         for handle in handles:
@@ -158,7 +192,7 @@ def watch(
 
 def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """``[batch, length, d] -> [rows, d]`` without padding, where the mask fits."""
-    if mask is not None and x.shape[:2] == mask.shape:
+    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
         return x[mask]
     if mask is not None and x.dim() == 2 and len(x) == mask.numel():
         return x[mask.flatten()]
@@ -266,7 +300,7 @@ def reference_outputs(context: Context, data: Sequence[Batch]) -> Tensor:
     """The teacher's outputs, ``[rows, m]``."""
     if context.kept is None or context.kept[0] is not data:
         with torch.no_grad():
-            found = torch.cat([context.output(context.teacher(**b), b) for b in data])
+            found = torch.cat([context.output(call(context.teacher, b), b) for b in data])
         context.kept = (data, found)
     return context.kept[1]
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..ir.errors import BadWeightsError, CalibrationError
-from .base import Context, Pass, Progress, not_finite, pooled, silent
+from .base import Context, Loss, Pass, Progress, not_finite, pooled, silent
 from .budget import Budget, parse_target
 from .choose import Choose
-from .data import Batch
+from .data import LABELS, Batch
 from .find import Found, find
+from .finetune import Finetune
 from .lift import blocks, lift
 from .pipeline import run, spec
 from .recover import Recover
@@ -42,18 +43,22 @@ class Converted:
     history: list[dict[str, Any]]
 
 
-def recipe(budget: str = "flops <= 0.55", *, thorough: bool = False) -> list[Pass]:
+def recipe(
+    budget: str = "flops <= 0.55", *, thorough: bool = False, task: bool = False
+) -> list[Pass]:
     """The passes of a conversion, in order.
 
     Args:
         budget: A target of :class:`Budget`.
         thorough: Train some six times as long.
+        task: The user gives a loss, which the model is fine-tuned on as it becomes sparse.
     """
     kind, value = parse_target(budget)
     share = value - 0.04 if kind == "flops" else 0.5
     return [
         Relufy(),
         Sparsify(tokens=450_000 if thorough else 90_000),
+        *([Finetune(steps=2000 if thorough else 300)] if task else []),
         Split(),
         Route(steps=1500 if thorough else 800),
         # Bounded in time too: on a slow machine it does less, not longer.
@@ -75,13 +80,20 @@ def convert(
     passes: Sequence[Pass] | None = None,
     held_out: Sequence[Batch] | None = None,
     output: Callable[[Any, Batch], Tensor] = pooled,
+    loss: Loss | None = None,
     expert_size: int = 8,
     router_width: int = 64,
     folder: str | Path | None = None,
     progress: Progress = silent,
     seed: int = 0,
 ) -> Converted:
-    """Convert a model without labels.
+    """Convert a model: without labels, or as it is fine-tuned on a task.
+
+    Without ``loss`` the model learns to give its own outputs again. A classifier keeps more of
+    its accuracy if it learns from its task meanwhile, as in D2DMoE, section 3.1::
+
+        data = [dict(input_ids=ids, attention_mask=mask, labels=labels), ...]
+        convert(model, data, loss=lambda out, batch: cross_entropy(out.logits, batch["labels"]))
 
     Args:
         model: Any module that :func:`torch.export.export` takes; it stays as it is.
@@ -91,10 +103,15 @@ def convert(
         held_out: Batches that thresholds are chosen on; by default every tenth of ``data``.
         output: From a model's output and the batch to what its user reads, ``[rows, m]``; by
             default the mean over real tokens of the first output.
+        loss: From a model's output and the batch to a 0-d tensor to be made small, with a
+            gradient. It adds a pass :class:`Finetune` to the recipe, and itself to what
+            :class:`Recover` learns from. The entry ``labels`` of a batch is for the loss alone:
+            the model is not called with it. Evaluation mode: there is no dropout.
         expert_size: Neurons per expert.
         router_width: Hidden width of the routers.
         folder: Where finished stages are stored. Start again with the same arguments after an
-            interruption, and it goes on from the last of them.
+            interruption, and it goes on from the last of them. Losses are told apart by name
+            only: after changing what one does, choose another folder.
         progress: Told how far a stage has come.
         seed: Of every random choice.
 
@@ -109,9 +126,10 @@ def convert(
     teacher, found = prepare(
         model, train[0], expert_size=expert_size, router_width=router_width, seed=seed
     )
-    context = Context(teacher, train, held, output, progress, seed)
-    steps = list(passes) if passes is not None else recipe(budget)
-    identity = fingerprint(teacher, [*train, *held], f"{expert_size},{router_width},{seed}")
+    context = Context(teacher, train, held, output, progress, seed, loss=loss)
+    steps = list(passes) if passes is not None else recipe(budget, task=loss is not None)
+    options = f"{expert_size},{router_width},{seed}" + (f",{_named(loss)}" if loss else "")
+    identity = fingerprint(teacher, [*train, *held], options)
     student = copy.deepcopy(teacher)
     for block in blocks(teacher).values():
         block.dense = True
@@ -136,7 +154,7 @@ def prepare(
         torch.manual_seed(seed)  # the routers' first weights
         try:
             lifted = lift(
-                trace(copy.copy(model).eval(), _at_least_two(example)),
+                trace(copy.copy(model).eval(), _inputs(example)),
                 expert_size=expert_size,
                 router_width=router_width,
             )
@@ -154,7 +172,7 @@ def explain(model: nn.Module, example: Mapping[str, Any]) -> Found:
         model: Any module, in evaluation mode.
         example: Keyword arguments of one call.
     """
-    return find(trace(model, _at_least_two(example)))
+    return find(trace(model, _inputs(example)))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -199,11 +217,16 @@ def _divide(
     return [b for i, b in enumerate(data) if i % every], list(data[::every])
 
 
-def _at_least_two(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Repeat the rows of a batch of one: a dimension of 1 would be taken for a constant."""
+def _named(loss: Loss) -> str:
+    return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss))}"
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is traced with, at least two rows: one would be taken for a constant."""
+    example = {name: value for name, value in batch.items() if name != LABELS}
     tensors = [v for v in example.values() if isinstance(v, Tensor) and v.dim()]
     if not tensors or any(len(t) != 1 for t in tensors):
-        return dict(example)
+        return example
     return {
         k: v.repeat_interleave(2, 0) if isinstance(v, Tensor) and v.dim() else v
         for k, v in example.items()

@@ -3,6 +3,7 @@
     loss = |states - teacher's|^2 / var   after every norm, and at the output
          + 1 - cosine of the outputs that the user reads
          + |router - expert norms|^2
+     + the user's loss, if there is one
 
 Experts, attention and norms learn from the distillation, routers from the norms of their experts
 as these change. Routers get no gradient through the selection: with a straight-through estimator
@@ -32,6 +33,7 @@ from .base import (
     mixed_precision,
     real_rows,
     replaced,
+    task_loss,
     trainable,
 )
 from .data import Batch, real_tokens
@@ -157,6 +159,8 @@ class Recover(Pass):
         a, b = (F.normalize(context.output(o, batch).float(), dim=-1) for o in (got, want))
         cosine = (a * b).sum(-1).mean()
         loss = loss + 2 * (1 - cosine)
+        if context.loss is not None:
+            loss = loss + task_loss(context, got, batch)
         extra = [g.router_loss + self.alpha * g.hoyer for g in gated.values()]
         return loss + torch.stack(extra).mean(), cosine.item()
 
@@ -182,7 +186,6 @@ class _Tap(Interpreter):
         if n.target in _NORMS:
             self.states[n.name] = result
         return result
-
 
     def _attention(self, n: Node) -> Any:
         """Stay in float32: on CPUs its backward is four times slower in bfloat16."""

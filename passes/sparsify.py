@@ -5,7 +5,8 @@
 
 Each network learns alone to give the dense network's outputs on the dense model's inputs
 (layer-wise self-distillation), so blocks do not wait for each other and nothing is back-propagated
-through attention. Square Hoyer is the sparsity term of D2DMoE, section 3.1.
+through attention. Square Hoyer is the sparsity term of D2DMoE, section 3.1. A user's own loss comes
+next, in :mod:`.finetune`.
 """
 
 import math

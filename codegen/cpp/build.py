@@ -85,7 +85,13 @@ def _compile(source: str, path: Path, command: list[str], flags: tuple[str, ...]
             text, library = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
             text.write_text(source)
             got = subprocess.run(
-                [*command, str(text), "-o", str(library), *flags],  # libraries come after what needs them
+                [
+                    *command,
+                    str(text),
+                    "-o",
+                    str(library),
+                    *flags,
+                ],  # libraries come after what needs them
                 capture_output=True,
                 text=True,
                 check=False,
