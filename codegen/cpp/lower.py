@@ -92,7 +92,7 @@ def _unviewed(node: Any) -> Any:
 
 
 def _turned_weight(turned: Any) -> Node | None:
-    """``w``, if ``turned`` is its transpose and it is a contiguous matrix that the graph is given."""
+    """``w``, if ``turned`` is its transpose, a contiguous matrix that the graph is given."""
     if not isinstance(turned, Node) or turned.target is not aten.permute.default:
         return None
     w = turned.args[0]
