@@ -133,7 +133,7 @@ def prepare(
         torch.manual_seed(seed)  # the routers' first weights
         try:
             lifted = lift(
-                trace(copy.copy(model).eval(), _at_least_two(example)),
+                trace(copy.copy(model).eval(), at_least_two(example)),
                 expert_size=expert_size,
                 router_width=router_width,
             )
@@ -151,7 +151,7 @@ def explain(model: nn.Module, example: Mapping[str, Any]) -> Found:
         model: Any module, in evaluation mode.
         example: Keyword arguments of one call.
     """
-    return find(trace(model, _at_least_two(example)))
+    return find(trace(model, at_least_two(example)))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -196,7 +196,7 @@ def _divide(
     return [b for i, b in enumerate(data) if i % every], list(data[::every])
 
 
-def _at_least_two(example: Mapping[str, Any]) -> dict[str, Any]:
+def at_least_two(example: Mapping[str, Any]) -> dict[str, Any]:
     """Repeat the rows of a batch of one: a dimension of 1 would be taken for a constant."""
     tensors = [v for v in example.values() if isinstance(v, Tensor) and v.dim()]
     if not tensors or any(len(t) != 1 for t in tensors):
