@@ -16,6 +16,7 @@ _LISTS = re.compile(r"\w*(depths?|layers|num_blocks|blocks)")
 _EXPERTS = re.compile(r"\w*(num|n)_\w*experts|moe_num_experts|num_experts")
 _CHOSEN = re.compile(r"num_experts_per_tok|moe_top_?k|top_k|num_selected_experts|moe_k")
 _GROUPS = {"n_group": 1, "topk_group": 1, "num_expert_group": 1}
+_STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 _MODALITY = {
     "input_ids": "text",
     "pixel_values": "vision",
@@ -67,13 +68,13 @@ def build(kind: str, name: str) -> Any:
 
 def shorten(fields: dict[str, Any]) -> dict[str, Any]:
     """Two layers per stack, four experts of which two run; lists with one entry per layer follow."""
-    cut = {
-        v: 2 for k, v in fields.items() if isinstance(v, int) and _LAYERS.fullmatch(k) and v > 2
-    }
+    cut = {v for k, v in fields.items() if type(v) is int and v > 2 and _LAYERS.fullmatch(str(k))}
     result: dict[str, Any] = {}
     for key, value in fields.items():
+        if key in _STAGES or not isinstance(key, str):
+            continue
         if isinstance(value, dict):
-            value = shorten(value)
+            value = shorten(value) if all(isinstance(k, str) for k in value) else value
         elif isinstance(value, bool):
             pass
         elif isinstance(value, int):
