@@ -154,7 +154,7 @@ def prepare(
         torch.manual_seed(seed)  # the routers' first weights
         try:
             lifted = lift(
-                trace(copy.copy(model).eval(), _inputs(example)),
+                trace(copy.copy(model).eval(), traceable(example)),
                 expert_size=expert_size,
                 router_width=router_width,
             )
@@ -172,7 +172,7 @@ def explain(model: nn.Module, example: Mapping[str, Any]) -> Found:
         model: Any module, in evaluation mode.
         example: Keyword arguments of one call.
     """
-    return find(trace(model, _inputs(example)))
+    return find(trace(model, traceable(example)))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -221,7 +221,7 @@ def _named(loss: Loss) -> str:
     return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss))}"
 
 
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+def traceable(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a model is traced with, at least two rows: one would be taken for a constant."""
     example = {name: value for name, value in batch.items() if name != LABELS}
     tensors = [v for v in example.values() if isinstance(v, Tensor) and v.dim()]

@@ -41,6 +41,11 @@ _TRANSPARENT = {
 _CUTS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 
 
+def is_transparent(node: Node) -> bool:
+    """Whether a node hands on the numbers of its first input as they are."""
+    return node.op == "call_function" and node.target in _TRANSPARENT
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What the search came to: the sites in order of execution, and what nearly was one."""

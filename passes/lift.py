@@ -16,6 +16,7 @@ from ..ir.block import DynkFFN, nearest_divisor
 from ..ir.errors import NothingToConvertError
 from ..ir.site import FFNSite
 from .find import Found, find, table
+from .place import Place, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,13 @@ def lift(gm: GraphModule, *, expert_size: int = 8, router_width: int = 64) -> Li
         )
     nodes = {n.name: n for n in gm.graph.nodes}
     blocks: dict[tuple[Any, ...], str] = {}
-    for site in found.sites:
+    for site, place in zip(found.sites, places(gm, found.sites), strict=True):
         key = (site.w_in, site.w_gate, site.w_out)  # layers that share weights share the block
         if key not in blocks:
             blocks[key] = _unused_name(gm, site.name)
             size = nearest_divisor(site.d_ff, expert_size)
             gm.add_submodule(blocks[key], _block(gm, site, size, router_width))
-        _replace(gm, nodes[site.output_node], nodes[site.input_node], blocks[key])
+        _replace(gm, nodes[site.output_node], nodes[site.input_node], blocks[key], site, place)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     _drop_unused_parameters(gm)
@@ -98,11 +99,13 @@ def _block(gm: GraphModule, site: FFNSite, expert_size: int, router_width: int) 
     return block.to(w_in.dtype).train(gm.training)
 
 
-def _replace(gm: GraphModule, output: Node, x: Node, name: str) -> None:
+def _replace(
+    gm: GraphModule, output: Node, x: Node, name: str, site: FFNSite, place: Place
+) -> None:
     with gm.graph.inserting_before(output):
         call = gm.graph.call_module(name, (x,))
     call.meta = {k: output.meta[k] for k in ("val", "nn_module_stack") if k in output.meta}
-    call.meta["skimp.provenance"] = ("lift",)
+    call.meta |= {"skimp.provenance": ("lift",), "skimp.site": site, "skimp.place": place}
     output.replace_all_uses_with(call)
     gm.graph.erase_node(output)
 
