@@ -13,8 +13,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ir.block import DynkFFN
-from ..ir.cost import evaluate as cost
-from ..ir.cost import ffn_share
+from ..ir.cost import dense_flops, ffn_share
 from ..ir.measure import agree, compare
 from ..ir.op import select
 from ..ir.text import BlockLine
@@ -22,7 +21,7 @@ from ..passes.base import Context, Progress, evaluate, first_tensor, silent, wat
 from ..passes.budget import set_tau, taus_at
 from ..passes.convert import Converted, convert, recipe
 from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
-from ..passes.lift import blocks
+from ..passes.lift import blocks, places
 from .models import DEFAULT, load_pretrained
 
 SHAPES = ((1, 16), (1, 64), (8, 64), (32, 64))
@@ -129,8 +128,8 @@ def whole_model_flops(
         dense_copy(**batch)
     tokens = batch["input_ids"].numel()
     dense = counter.get_total_flops() / tokens
-    found = blocks(converted.model)
-    ffn = sum(cost("dense_flops", b) for b in found.values())
+    found = places(converted.model)
+    ffn = sum(dense_flops(p) for p in found.values())
     share = ffn_share(experts, found)
     return {
         "dense": dense,

@@ -46,9 +46,13 @@ def load(folder: str | Path, model: nn.Module) -> GraphModule:
     Raises:
         ArtefactError: A damaged or foreign file, or another architecture.
     """
-    record = artefact.read_index(Path(folder))["record"]
+    index = artefact.read_index(Path(folder))
+    record = index["record"]
     example = {name: _example(spec) for name, spec in record.get("inputs", {}).items()}
-    gm, _ = prepare(model.eval(), example)
+    projections = bool(index.get("linears")) or any(
+        b.get("linear") for b in index["blocks"].values()
+    )
+    gm, _ = prepare(model.eval(), example, projections=projections)
     artefact.read_into(Path(folder), gm)
     gm.meta["skimp.pipeline"] = record.get("pipeline", "")
     return gm
