@@ -51,12 +51,13 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
+    # encoders and decoders may have configurations of their own
+    found = [getattr(m, "config", None) for m in model.modules()]
+    cached = [c for c in {id(c): c for c in found}.values() if getattr(c, "use_cache", False)]
+    for config in cached:
         config.use_cache = False  # type: ignore[union-attr]
     try:
         yield
     finally:
-        if before:
-            config.use_cache = before  # type: ignore[union-attr]
+        for config in cached:
+            config.use_cache = True  # type: ignore[union-attr]
