@@ -158,11 +158,16 @@ def _in_place_of(
     linear: Projection, name: str, state: dict[str, Tensor], settings: dict[str, Any]
 ) -> DynkFFN:
     """The block that had taken the place of a linear layer, its weights still to be loaded."""
-    empty = {k: torch.zeros_like(state[f"{name}.{k}"]) for k in ("w_in", "b_in", "w_out", "b_out")}
+    w_in, b_in, w_out, b_out = (
+        torch.zeros_like(state[f"{name}.{k}"]) for k in ("w_in", "b_in", "w_out", "b_out")
+    )
     return DynkFFN(
-        **empty,
-        w_gate=None,
-        b_gate=None,
+        w_in,
+        b_in,
+        None,
+        None,
+        w_out,
+        b_out,
         expert_size=int(settings["expert_size"]),
         act=str(settings["act"]),
         router_width=int(settings["router_width"]),

@@ -76,11 +76,11 @@ def lift(
         parts = list(group)
         names = []
         for part in parts:
-            key = (part.weight, part.columns)
-            if key not in blocks:
-                blocks[key] = _unused_name(gm, part.name)
-                gm.add_submodule(blocks[key], _projection(gm, part, expert_size))
-            names.append(blocks[key])
+            place = (part.weight, part.columns)
+            if place not in blocks:
+                blocks[place] = _unused_name(gm, part.name)
+                gm.add_submodule(blocks[place], _projection(gm, part, expert_size))
+            names.append(blocks[place])
         if len(parts) == 1:
             _replace(gm, nodes[output], nodes[parts[0].input_node], names[0])
         else:

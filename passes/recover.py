@@ -188,7 +188,12 @@ class _Tap(Interpreter):
             reads = dict.fromkeys(a for n in part for a in n.all_input_nodes if a not in inside)
             gives = [n for n in part if any(u not in inside for u in n.users)]
 
-            def run(*known: Any, part=part, reads=reads, gives=gives) -> list[Any]:  # noqa: ANN001
+            def run(
+                *known: Any,
+                part: list[Node] = part,
+                reads: dict[Node, None] = reads,
+                gives: list[Node] = gives,
+            ) -> list[Any]:
                 self.env = dict(zip(reads, known, strict=True))
                 for n in part:
                     self.env[n] = self.run_node(n)

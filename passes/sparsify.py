@@ -109,7 +109,7 @@ class Sparsify(Pass):
     def _fit(
         self,
         block: DynkFFN,
-        teacher: nn.Module,
+        teacher: Any,
         x: Tensor,
         optimizer: torch.optim.Optimizer,
         fraction: float,
