@@ -16,7 +16,7 @@ from itertools import cycle
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
