@@ -53,7 +53,7 @@ def wikitext2(limit: int | None = None) -> str:
     Raises:
         CalibrationError: It is not there.
     """
-    root = os.environ.get("SKIMP_DATA") or Path(__file__).parents[2] / "shared" / "data"
+    root = os.environ.get("SKIMP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
     path = Path(root) / "wikitext2" / "valid.txt"
     try:
         return path.read_text(encoding="utf-8")[:limit]
