@@ -98,8 +98,9 @@ def demo(
 
 @app.command(epilog="Example:  skimp explain minilm")
 def explain(model: Model = "minilm", as_json: AsJson = False) -> None:
-    """Show which feed-forward networks would be converted, what nearly would, and why not."""
+    """Show which networks and attention projections are found, what nearly was, and why not."""
     from .passes.convert import explain as run
+    from .passes.project import hidden_neurons
     from .runtime.models import load_pretrained
 
     loaded = load_pretrained(model)
@@ -114,7 +115,13 @@ def explain(model: Model = "minilm", as_json: AsJson = False) -> None:
     for s in found.sites:
         table.add_row(s.name, s.act, str(s.d), str(s.d_ff), "yes" if s.gated else "no")
     _out.print(table)
-    for miss in found.misses:
+    if found.projections:
+        table = Table("attention projection (--projections)", "role", "d", "d_out", "hidden")
+        for p in found.projections:
+            hidden = str(hidden_neurons(p.d, p.d_out, 8))
+            table.add_row(p.name, p.role, str(p.d), str(p.d_out), hidden)
+        _out.print(table)
+    for miss in (*found.misses, *found.projection_misses):
         _out.print(f"not {miss.nodes[-1]}: {miss.reason}", style="yellow")
 
 
@@ -127,6 +134,9 @@ def convert(
     ] = None,
     budget: Budget = "flops <= 0.55",
     thorough: Annotated[bool, typer.Option(help="Train some six times as long.")] = False,
+    projections: Annotated[
+        bool, typer.Option("--projections", help="Convert attention projections too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert an encoder; start again after an interruption and it goes on where it was."""
@@ -145,6 +155,7 @@ def convert(
             stages=out.with_name(out.name + "-stages"),
             budget=budget,
             thorough=thorough,
+            projections=projections,
             progress=bars,
         )
     if as_json:

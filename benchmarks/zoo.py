@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-_LAYERS = re.compile(r"(num|n)_\w*layers?|n_layer|\w*(en|de)coder_layers|\w*num_blocks|depth|layers")
+_LAYERS = re.compile(
+    r"(num|n)_\w*layers?|n_layer|\w*(en|de)coder_layers|\w*num_blocks|depth|layers"
+)
 _LISTS = re.compile(r"\w*(depths?|layers|num_blocks|blocks)")
 _EXPERTS = re.compile(r"\w*(num|n)_\w*experts|moe_num_experts|num_experts")
 _CHOSEN = re.compile(r"num_experts_per_tok|moe_top_?k|top_k|num_selected_experts|moe_k")
@@ -67,7 +69,7 @@ def build(kind: str, name: str) -> Any:
 
 
 def shorten(fields: dict[str, Any]) -> dict[str, Any]:
-    """Two layers per stack, four experts of which two run; lists with one entry per layer follow."""
+    """Two layers per stack, four experts of which two run; lists of layers follow."""
     cut = {v for k, v in fields.items() if type(v) is int and v > 2 and _LAYERS.fullmatch(str(k))}
     result: dict[str, Any] = {}
     for key, value in fields.items():

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,27 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..ir.errors import BadWeightsError, CalibrationError
-from .base import Context, Loss, Pass, Progress, not_finite, pooled, silent
+from .base import (
+    Context,
+    Loss,
+    Pass,
+    Progress,
+    call,
+    kl_divergence,
+    next_tokens,
+    not_finite,
+    pooled,
+    reads_logits,
+    silent,
+)
 from .budget import Budget, parse_target
 from .choose import Choose
 from .data import LABELS, Batch
-from .find import Found, find
+from .find import Found
 from .finetune import Finetune
-from .lift import blocks, lift
+from .lift import blocks, lift, search
 from .pipeline import run, spec
+from .project import Project, too_narrow
 from .recover import Recover
 from .route import Route, Split
 from .sparsify import Relufy, Sparsify
@@ -44,7 +57,12 @@ class Converted:
 
 
 def recipe(
-    budget: str = "flops <= 0.55", *, thorough: bool = False, task: bool = False
+    budget: str = "flops <= 0.55",
+    *,
+    thorough: bool = False,
+    task: bool = False,
+    projections: bool = False,
+    relufy: bool = True,
 ) -> list[Pass]:
     """The passes of a conversion, in order.
 
@@ -52,12 +70,16 @@ def recipe(
         budget: A target of :class:`Budget`.
         thorough: Train some six times as long.
         task: The user gives a loss, which the model is fine-tuned on as it becomes sparse.
+        projections: Convert attention projections too.
+        relufy: Replace GELU and SiLU by ReLU; else they stay, and Sparsify pushes what they are
+            applied to below -10 (the paper's variant for GELU, worse than ReLU there).
     """
     kind, value = parse_target(budget)
     share = value - 0.04 if kind == "flops" else 0.5
     return [
-        Relufy(),
-        Sparsify(tokens=450_000 if thorough else 90_000),
+        *([Project(tokens=450_000 if thorough else 90_000)] if projections else []),
+        *([Relufy()] if relufy else []),
+        Sparsify(tokens=450_000 if thorough else 90_000, clamp=None if relufy else -10.0),
         *([Finetune(steps=2000 if thorough else 300)] if task else []),
         Split(),
         Route(steps=1500 if thorough else 800),
@@ -79,10 +101,11 @@ def convert(
     budget: str = "flops <= 0.55",
     passes: Sequence[Pass] | None = None,
     held_out: Sequence[Batch] | None = None,
-    output: Callable[[Any, Batch], Tensor] = pooled,
+    output: Callable[[Any, Batch], Tensor] | None = None,
     loss: Loss | None = None,
     expert_size: int = 8,
     router_width: int = 64,
+    projections: bool = False,
     folder: str | Path | None = None,
     progress: Progress = silent,
     seed: int = 0,
@@ -98,17 +121,21 @@ def convert(
     Args:
         model: Any module that :func:`torch.export.export` takes; it stays as it is.
         data: Batches of keyword arguments, as :func:`skimp.batches` makes them.
-        budget: ``flops <= x`` (FFN FLOPs left) or ``cosine >= x``, held on ``held_out``.
+        budget: ``flops <= x`` (of what is converted), ``cosine >= x`` or, of a language model,
+            ``kl <= x`` (nats per token), held on ``held_out``.
         passes: Instead of the :func:`recipe` of the budget.
         held_out: Batches that thresholds are chosen on; by default every tenth of ``data``.
-        output: From a model's output and the batch to what its user reads, ``[rows, m]``; by
-            default the mean over real tokens of the first output.
+        output: From a model's output and the batch to what its user reads, ``[rows, m]``, compared
+            by cosine. By default, of a model that gives logits per token, the next tokens'
+            distributions, compared by their divergence (no labels); of any other, the mean over
+            real tokens of the first output.
         loss: From a model's output and the batch to a 0-d tensor to be made small, with a
             gradient. It adds a pass :class:`Finetune` to the recipe, and itself to what
             :class:`Recover` learns from. The entry ``labels`` of a batch is for the loss alone:
             the model is not called with it. Evaluation mode: there is no dropout.
         expert_size: Neurons per expert.
-        router_width: Hidden width of the routers.
+        router_width: Hidden width of the routers; those of projections are sized by them.
+        projections: Convert attention projections too, in the recipe by :class:`Project`.
         folder: Where finished stages are stored. Start again with the same arguments after an
             interruption, and it goes on from the last of them. Losses are told apart by name
             only: after changing what one does, choose another folder.
@@ -116,7 +143,8 @@ def convert(
         seed: Of every random choice.
 
     Raises:
-        NothingToConvertError: No feed-forward network was found; says what came near.
+        NothingToConvertError: No feed-forward network was found, or no attention projection
+            where these are asked for; says what came near.
         BadWeightsError: The model holds NaN or infinity.
         CalibrationError: Too little data.
         TraceError: The model cannot be captured as one graph.
@@ -124,10 +152,20 @@ def convert(
     check_weights(model)
     train, held = _divide(data, held_out)
     teacher, found = prepare(
-        model, train[0], expert_size=expert_size, router_width=router_width, seed=seed
+        model,
+        train[0],
+        expert_size=expert_size,
+        router_width=router_width,
+        projections=projections,
+        seed=seed,
     )
-    context = Context(teacher, train, held, output, progress, seed, loss=loss)
-    steps = list(passes) if passes is not None else recipe(budget, task=loss is not None)
+    context = Context(teacher, train, held, output or pooled, progress, seed, loss=loss)
+    if output is None:
+        with torch.no_grad():
+            if reads_logits(call(teacher, train[0])):
+                context.output, context.distance = next_tokens, kl_divergence
+    usual = recipe(budget, task=loss is not None, projections=projections)
+    steps = usual if passes is None else list(passes)
     options = f"{expert_size},{router_width},{seed}" + (f",{_named(loss)}" if loss else "")
     identity = fingerprint(teacher, [*train, *held], options)
     student = copy.deepcopy(teacher)
@@ -146,9 +184,10 @@ def prepare(
     *,
     expert_size: int = 8,
     router_width: int = 64,
+    projections: bool = False,
     seed: int = 0,
 ) -> tuple[GraphModule, Found]:
-    """Trace a model and lift its networks into blocks that compute the same."""
+    """Trace a model and lift its networks, its projections if asked to: the same function."""
     was_training = model.training
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the routers' first weights
@@ -157,6 +196,7 @@ def prepare(
                 trace(copy.copy(model).eval(), traceable(example)),
                 expert_size=expert_size,
                 router_width=router_width,
+                projections=projections,
             )
         finally:
             model.train(was_training)
@@ -172,7 +212,10 @@ def explain(model: nn.Module, example: Mapping[str, Any]) -> Found:
         model: Any module, in evaluation mode.
         example: Keyword arguments of one call.
     """
-    return find(trace(model, traceable(example)))
+    found = search(trace(model, traceable(example)))
+    narrow = tuple(miss for s in found.projections if (miss := too_narrow(s)) is not None)
+    wide = tuple(s for s in found.projections if too_narrow(s) is None)
+    return replace(found, projections=wide, projection_misses=(*found.projection_misses, *narrow))
 
 
 def check_weights(model: nn.Module) -> None:

@@ -13,8 +13,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ir.block import DynkFFN
-from ..ir.cost import evaluate as cost
-from ..ir.cost import ffn_share
+from ..ir.cost import dense_flops, ffn_share
 from ..ir.measure import agree, compare
 from ..ir.op import select
 from ..ir.text import BlockLine
@@ -22,7 +21,7 @@ from ..passes.base import Context, Progress, evaluate, first_tensor, silent, wat
 from ..passes.budget import set_tau, taus_at
 from ..passes.convert import Converted, convert, recipe
 from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
-from ..passes.lift import blocks
+from ..passes.lift import blocks, lifted_layers
 from .breakdown import breakdown
 from .models import DEFAULT, Loaded, load_pretrained
 from .ort import missing, onnx_session
@@ -111,6 +110,7 @@ def convert_text_model(
     stages: Path,
     budget: str,
     thorough: bool = False,
+    projections: bool = False,
     progress: Progress = silent,
 ) -> tuple[Converted, Context]:
     """Convert a model on passages, some of which choose the thresholds, and save it.
@@ -122,6 +122,7 @@ def convert_text_model(
         stages: Folder for finished stages.
         budget: See :func:`convert`.
         thorough: Train some six times as long.
+        projections: See :func:`convert`.
         progress: Told how far a stage has come.
 
     Returns:
@@ -137,7 +138,8 @@ def convert_text_model(
         data,
         held_out=held,
         budget=budget,
-        passes=recipe(budget, thorough=thorough),
+        passes=recipe(budget, thorough=thorough, projections=projections),
+        projections=projections,
         folder=stages,
         progress=progress,
     )
@@ -170,8 +172,8 @@ def whole_model_flops(
         converted.teacher(**batch)
     tokens = batch["input_ids"].numel()
     dense = counter.get_total_flops() / tokens
-    found = blocks(converted.model)
-    ffn = sum(cost("dense_flops", b) for b in found.values())
+    found = lifted_layers(converted.model)
+    ffn = sum(dense_flops(p) for p in found.values())
     share = ffn_share(experts, found)
     return {
         "dense": dense,

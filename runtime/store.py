@@ -41,8 +41,12 @@ def load(folder: str | Path, model: nn.Module) -> GraphModule:
     Raises:
         ArtefactError: A damaged or foreign file, or another architecture.
     """
-    record = artefact.read_index(Path(folder))["record"]
-    gm, _ = prepare(model.eval(), example_of(record.get("inputs", {})))
+    index = artefact.read_index(Path(folder))
+    record = index["record"]
+    projections = bool(index.get("linears")) or any(
+        b.get("linear") for b in index["blocks"].values()
+    )
+    gm, _ = prepare(model.eval(), example_of(record.get("inputs", {})), projections=projections)
     artefact.read_into(Path(folder), gm)
     gm.meta["skimp.pipeline"] = record.get("pipeline", "")
     return gm

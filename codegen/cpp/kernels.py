@@ -133,7 +133,7 @@ def _forms(
     zeros = torch.zeros(max(spec.d_ff, spec.d_out), dtype=dtype)
 
     def filled(n: int, m: int) -> Tensor:
-        return (torch.randn(n, m) / m**0.5).to(dtype)
+        return (torch.randn(n, m) / m**0.5).to(dtype)  # type: ignore[no-any-return]
 
     if isinstance(spec, LinearSpec):
         b = zeros[: spec.d_out] if spec.bias else None

@@ -40,7 +40,8 @@ def lower(graph: Graph) -> int:
 
 
 def _block(graph: Graph, node: Node) -> bool:
-    if unserved(*(a.meta.get("val") if isinstance(a, Node) else a for a in node.args)):
+    values: list[Any] = [a.meta.get("val") if isinstance(a, Node) else a for a in node.args]
+    if unserved(*values):
         return False  # the op stays, and says at run time why it runs its reference
     x, scores, *others = node.args
     router = _router(scores, x)
@@ -95,7 +96,7 @@ def _turned_weight(turned: Any) -> Node | None:
     """``w``, if ``turned`` is its transpose, a contiguous matrix that the graph is given."""
     if not isinstance(turned, Node) or turned.target is not aten.permute.default:
         return None
-    w = turned.args[0]
+    w: Any = turned.args[0]
     if not _is_weight(w) or turned.args[1] != [1, 0]:
         return None
     return w if w.meta["val"].dim() == 2 and w.meta["val"].is_contiguous() else None
@@ -106,7 +107,8 @@ def _is_weight(node: Any) -> bool:
 
 
 def _linear(graph: Graph, node: Node) -> bool:
-    *bias, x, turned = node.args
+    args: tuple[Any, ...] = node.args
+    *bias, x, turned = args
     w = _turned_weight(turned)
     if w is None or (bias and not _is_weight(bias[0])) or node.kwargs:
         return False

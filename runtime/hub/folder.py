@@ -146,11 +146,11 @@ def unconvert(folder: str | Path, out: str | Path) -> None:
     set_tau(tree, 0.0)
     with torch.no_grad():
         want, got = first_tensor(tree(**example)), first_tensor(dense(**example))
-    error = float((got - want).float().norm() / want.float().norm().clamp_min(1e-30))
-    if missing or not error <= (TOLERANCE if tree.dtype == torch.float32 else 2e-2):
+    difference = float((got - want).float().norm() / want.float().norm().clamp_min(1e-30))
+    if missing or not difference <= (TOLERANCE if tree.dtype == torch.float32 else 2e-2):
         acts = ", ".join(sorted({str(s["act"]) for s in specs.values()}))
         raise VerificationError(
-            f"a plain {class_name} cannot be this model: outputs differ by {error:.1e}"
+            f"a plain {class_name} cannot be this model: outputs differ by {difference:.1e}"
             f"{', without ' + missing[0] if missing else ''}. Its feed-forward networks now use "
             f"{acts}; of the config {', '.join(changed) or 'no field'} could be set to that, which "
             "is not enough. Keep the converted folder."

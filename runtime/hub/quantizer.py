@@ -170,7 +170,7 @@ def _added(model: nn.Module, path: str) -> str:
 
 def attach(model: nn.Module, config: SkimpConfig) -> None:
     """Make transformers know an already swapped model as one of ours."""
-    model.hf_quantizer = SkimpQuantizer(config)  # type: ignore[assignment]
+    model.hf_quantizer = SkimpQuantizer(config)
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = METHOD  # type: ignore[assignment]

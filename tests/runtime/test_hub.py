@@ -15,10 +15,10 @@ from skimp.ir.errors import (
     VerificationError,
 )
 from skimp.passes.convert import prepare
+from skimp.passes.find import find
 from skimp.passes.graft import graft, located
 from skimp.passes.lift import blocks
 from skimp.passes.place import places
-from skimp.passes.find import find
 from skimp.passes.trace import trace
 from torch import nn
 
@@ -124,8 +124,13 @@ def test_what_transformers_saved_again_fails_without_skimp_too(folders, tmp_path
 
 
 def test_registration_in_either_order():
-    check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'skimp' in m"
-    for first, second in (("skimp", "transformers.quantizers"), ("transformers.quantizers", "skimp")):
+    check = (
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'skimp' in m"
+    )
+    for first, second in (
+        ("skimp", "transformers.quantizers"),
+        ("transformers.quantizers", "skimp"),
+    ):
         got = python(f"import {first}; import {second}; {check}; import skimp")
         assert got.returncode == 0, got.stderr
 
