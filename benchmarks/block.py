@@ -76,6 +76,7 @@ def main():
     parser.add_argument("--scores", type=Path, help="a converted model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--expert-size", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per shape and row count")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -118,7 +119,9 @@ def main():
                 agree(dynk_ffn_cpu(*a), reference(*a), f"{d}/{d_ff} at {rows} rows", tolerance)
                 calls[f"{share:.0%}"] = lambda a=a: dynk_ffn_cpu(*a)
             agree(compiled(x), dense(x), "torch.compile", 1e-4 if dtype == torch.float32 else 3e-2)
-            timed = compare(calls, "100%", seconds=1.0 if args.quick else 3.0, least=5, most=60)
+            timed = compare(
+                calls, "100%", seconds=1.0 if args.quick else args.seconds, least=5, most=60
+            )
             rivals = [n for n in calls if not n.endswith("%")]
             best = min(rivals, key=lambda n: timed.timings[n].median)
             line = {"d": d, "d_ff": d_ff, "gated": gated, "rows": rows, "baseline": best}
@@ -147,6 +150,7 @@ def main():
         "expert_size": e,
         "scores": str(args.scores or "bernoulli"),
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "peak_flops": peak,
         "bandwidth": reading,
         "table": table,

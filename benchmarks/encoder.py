@@ -53,7 +53,12 @@ def main():
                 f"{n} {s.median:.2f} ({s.low:.2f}-{s.high:.2f})" for n, s in result.speedup.items()
             )
             print(f"{batch:3} x {length:3}: speed of skimp against  {gains}", flush=True)
-    result = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
+    result = {
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
     if args.json:

@@ -1,0 +1,96 @@
+"""Write the figures of README.md from benchmarks/results/, so that none is typed.
+
+The demo's report is copied there by hand: `cp out/report.json benchmarks/results/demo.json`, and
+the one of `skimp demo --thorough` to thorough.json.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- figures -->\n).*(<!-- end -->)", re.DOTALL)
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def ratio(s):
+    return f"{s['median']:.2f} ({s['low']:.2f}-{s['high']:.2f})"
+
+
+def quality():
+    columns = {"`make demo`": read("demo"), "`skimp demo --thorough`": read("thorough")}
+    rows = [
+        ("FFN FLOPs removed, routers included", lambda r: f"{1 - r['flops']['ffn_share']:.1%}"),
+        ("whole-model FLOPs removed", lambda r: f"{1 - r['flops']['whole_share']:.1%}"),
+        ("cosine to the dense embedding", lambda r: f"{r['quality']['cosine']:.4f}"),
+        ("overlap of the ten nearest neighbours", lambda r: f"{r['quality']['overlap']:.3f}"),
+        ("minutes in all", lambda r: f"{r['seconds'] / 60:.0f}"),
+    ]
+    passages = read("demo")["text"]["test_passages"]
+    text = f"all-MiniLM-L6-v2, float32, on {passages} passages never trained on "
+    text += "(`demo.json`, `thorough.json` in `benchmarks/results/`):\n\n"
+    return text + table(["", *columns], [[n, *(f(r) for r in columns.values())] for n, f in rows])
+
+
+def encoder():
+    result = read("encoder")
+    names = list(result["rows"][0]["speedup"])
+    rows = [
+        [f"{r['batch']} x {r['length']}", *(ratio(r["speedup"][n]) for n in names)]
+        for r in result["rows"]
+    ]
+    slower = [
+        f"{r['batch']} x {r['length']} against {n}"
+        for r in result["rows"]
+        for n in names
+        if r["speedup"][n]["median"] < 1
+    ]
+    text = f"How fast the model of the demo is, {result['threads']} threads of "
+    text += f"{result.get('cpu', 'one machine')}, medians of interleaved runs with quartiles "
+    text += "(`encoder.json`):\n\n"
+    text += table(["batch x length", *(f"against {n}" for n in names)], rows)
+    return text + f"\nskimp is slower at: {', '.join(slower) or 'none of these'}.\n"
+
+
+def blocks():
+    result = read("block-float32")
+    shares = ("100%", "50%", "30%", "20%")
+    rows = []
+    for line in result["table"]:
+        kind = "gated " if line["gated"] else ""
+        cells = [f"{line[s]['speedup']:.2f} [{line[s]['roofline']:.0%}]" for s in shares]
+        shape = f"{line['rows']} rows, {kind}{line['d']}/{line['d_ff']}"
+        rows.append([shape, line["baseline"], *cells])
+    text = "One block in float32 against the fastest of eager and compiled dense, scores drawn at "
+    text += "random, and in brackets the share of what memory bandwidth or the matrix product "
+    text += "allow (`block-float32.json`):\n\n"
+    return text + table(["", "against", *shares], rows)
+
+
+def gpu():
+    result = read("gpu-h100")
+    return (
+        f"The Triton kernels on one {result.get('device', 'card')} are in `gpu-h100.json`, slower "
+        "ones too; they were measured with the kernels of that day.\n"
+    )
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    parts = "\n".join([quality(), encoder(), blocks(), gpu()])
+    page = ROOT / "README.md"
+    page.write_text(BLOCK.sub(lambda m: m[1] + parts + m[2], page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
