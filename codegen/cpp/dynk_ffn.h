@@ -73,7 +73,9 @@ static inline void add_columns(float* const* y, const W* w, const int32_t* live,
 }
 constexpr int WIDE = 12;  // vectors of y in registers; 16 registers less a weight and a factor
 
-constexpr long EXPERTS_PER_GROUP = E >= 64 ? 1 : 64 / E;
+// Neurons whose columns of w_out, WIDE vectors of them, fit the first cache together.
+constexpr long NEURONS = LANES == 16 ? 32 : 64;
+constexpr long EXPERTS_PER_GROUP = E >= NEURONS ? 1 : NEURONS / E;
 constexpr long GROUP = EXPERTS_PER_GROUP * E;
 constexpr long BLOCK = 128;
 constexpr long FEW = 64;

@@ -155,7 +155,11 @@ static inline __attribute__((always_inline)) void dots(const float* const* x, co
 // E neurons for R rows.
 template <int R, long E, class W>
 static inline void neurons(const float* const* x, const W* w, float* const* out) {
-  constexpr int N = R == 1 ? (E % 8 == 0 ? 8 : E % 6 == 0 ? 6 : 4) : R == 2 ? 6 : R == 3 ? 4 : 3;
+  // as many sums as there are registers for, beside the rows and a weight
+  constexpr int N = R == 1   ? (E % 8 == 0 ? 8 : E % 6 == 0 ? 6 : 4)
+                    : R == 2 ? 6
+                    : R == 4 ? 3
+                             : 4;
   float* to[R];
   auto tile = [&](auto size, long n) {
     for (int r = 0; r < R; r++) to[r] = out[r] + n;
@@ -170,10 +174,11 @@ static inline void neurons(const float* const* x, const W* w, float* const* out)
 template <long E, class W>
 static inline void neurons_of(long count, const float* const* x, const W* w, float* const* out,
                               Fetch fetch) {
-  constexpr int R = E % 4 == 0 ? 3 : 4;
+  constexpr int R = LANES == 16 ? 6 : E % 4 == 0 ? 3 : 4;  // AVX-512 has twice the registers
   long r = 0;
   for (; r + R <= count; r += R) {
     fetch.some();
+    if (R == 6) fetch.some();  // its share is for three rows
     neurons<R, E>(x + r, w, out + r);
   }
   if (R > 3 && count - r >= 3) neurons<3, E>(x + r, w, out + r), r += 3;
