@@ -1,4 +1,4 @@
-"""The command line: ``skimp demo | explain | convert | bench | aot | doctor``."""
+"""The command line: ``skimp demo | explain | convert | unconvert | bench | aot | doctor``."""
 
 import json
 import os
@@ -166,6 +166,18 @@ def convert(
         table.add_row(record["pass"].replace("[", r"\["), f"{record['seconds']:.1f}")
     _out.print(table)
     _out.print(f"Saved to {out}; load it with skimp.load({str(out)!r}, model)")
+
+
+@app.command(epilog="Example:  skimp unconvert hub/encoder plain/encoder")
+def unconvert(
+    folder: Annotated[Path, typer.Argument(help="What skimp.save_pretrained wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the plain dense model.")],
+) -> None:
+    """Make a converted Hugging Face folder a plain dense one, which needs no skimp to load."""
+    from .runtime.hub.folder import unconvert as run
+
+    run(folder, out)
+    _out.print(f"Saved to {out}: the network that tau = 0 computes")
 
 
 @app.command(epilog="Example:  skimp bench encoder --json")
