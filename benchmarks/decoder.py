@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from skimp.ir.cost import write_atomically
 from skimp.ir.measure import agree, compare
-from skimp.passes.base import Context, evaluate, kl_divergence, next_tokens
+from skimp.passes.base import Context, kl_divergence, next_tokens
 from skimp.passes.budget import Budget, set_tau, taus_at
 from skimp.passes.convert import convert
 from skimp.passes.data import embedded_text
 from skimp.passes.lift import blocks
 from skimp.passes.project import Project
+from skimp.passes.quality import evaluate
 from skimp.passes.recover import Recover
 from skimp.passes.route import Route, Split
 from skimp.passes.sparsify import Relufy, Sparsify

@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 
 from ..ir.cost import dense_flops
 from ..ir.cost import evaluate as cost
-from .base import Context, Pass, PassResult, capture, evaluate, kl_divergence
+from .base import Context, Pass, PassResult, capture, kl_divergence
 from .lift import blocks, lifted_layers
+from .quality import evaluate
 from .recover import relative, relative_quantile
 
 _TARGET = re.compile(r"\s*(cosine|flops|kl)\s*(>=|<=)\s*(0?\.\d+|1(?:\.0*)?|0)\s*")

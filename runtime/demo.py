@@ -17,11 +17,12 @@ from ..ir.cost import dense_flops, ffn_share
 from ..ir.measure import agree, compare
 from ..ir.op import select
 from ..ir.text import BlockLine
-from ..passes.base import Context, Progress, evaluate, first_tensor, silent, watch
+from ..passes.base import Context, Progress, first_tensor, silent, watch
 from ..passes.budget import set_tau, taus_at
 from ..passes.convert import Converted, convert, recipe
 from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
 from ..passes.lift import blocks, lifted_layers
+from ..passes.quality import evaluate
 from .breakdown import breakdown
 from .models import DEFAULT, Loaded, load_pretrained
 from .ort import missing, onnx_session

@@ -1,0 +1,104 @@
+"""How close a converted model stays to its teacher, and what it spends."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from ..ir.block import DynkFFN
+from ..ir.cost import ffn_share
+from ..ir.op import select
+from .base import Context, call, cosine_distance, watch
+from .data import Batch
+from .lift import blocks, lifted_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How close a model stays to its teacher, and what it spends.
+
+    Attributes:
+        cosine: Mean cosine between the two outputs.
+        overlap: Mean share of the ten nearest neighbours, by cosine, that they have in common;
+            NaN for fewer than 12 rows, and for language models.
+        flops: FLOPs of what is converted (the FFNs; attention projections where asked for),
+            routers included, as a share of dense.
+        experts: Mean experts per row and block.
+        distance: The context's distance: one minus cosine, or nats per token.
+    """
+
+    cosine: float
+    overlap: float
+    flops: float
+    experts: dict[str, float]
+    distance: float
+
+
+def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Quality:
+    """Compare a model with its teacher, batch by batch."""
+    names = list(blocks(gm))
+    total, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+
+    def count(name: str, block: DynkFFN, x: Tensor) -> None:
+        total[name] += float(select(block.router(x), block.tau).sum())
+        seen[name] += len(x)
+
+    cosine = distance = 0.0
+    rows = 0
+    both: list[tuple[Tensor, Tensor]] = []
+    pairs = zip(watch(gm, data, count), reference_outputs(context, data), strict=True)
+    for (batch, outputs), want in pairs:
+        got = context.output(outputs, batch)
+        cosine += float(F.cosine_similarity(got, want, dim=-1).sum())
+        distance += float(context.distance(got, want)) * len(got)
+        rows += len(got)
+        if context.distance is cosine_distance:
+            both.append((got, want))
+    chosen = {name: total[name] / max(seen[name], 1) for name in names}
+    overlap = float("nan")
+    if both:
+        got, want = (torch.cat(part) for part in zip(*both, strict=True))
+        overlap = neighbour_overlap(got, want)
+    share = ffn_share(chosen, lifted_layers(gm))
+    return Quality(cosine / rows, overlap, share, chosen, distance / rows)
+
+
+def reference_outputs(
+    context: Context, data: Sequence[Batch], limit: int = 2**28
+) -> Iterator[Tensor]:
+    """The teacher's outputs for each batch, ``[rows, m]``.
+
+    They are kept for the next time, unless they take more than ``limit`` bytes.
+    """
+    if context.kept is not None and context.kept[0] is data:
+        yield from context.kept[1]
+        return
+    found: list[Tensor] = []
+    size = 0
+    for batch in data:
+        with torch.no_grad():
+            want = context.output(call(context.teacher, batch), batch)
+        size += want.numel() * want.element_size()
+        if size <= limit:
+            found.append(want)
+        yield want
+    if size <= limit:
+        context.kept = (data, found)
+
+
+def neighbour_overlap(got: Tensor, want: Tensor, k: int = 10) -> float:
+    """Mean share of the ``k`` nearest rows, by cosine, that two sets of vectors agree on."""
+    if len(got) < k + 2:
+        return float("nan")
+
+    def nearest(x: Tensor) -> Tensor:
+        x = F.normalize(x.float(), dim=-1)
+        similar = x @ x.T
+        similar.fill_diagonal_(-torch.inf)
+        return similar.topk(k).indices
+
+    a, b = nearest(got), nearest(want)
+    return float((a[:, :, None] == b[:, None, :]).any(-1).float().mean())
