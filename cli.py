@@ -74,7 +74,9 @@ class _Bars:
 @app.command(epilog="Example:  skimp demo --thorough --out out/thorough")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("out"),
-    budget: Budget = "flops <= 0.55",
+    budget: Annotated[
+        str | None, typer.Option(help="By default 'flops <= 0.55', or 0.45 if thorough.")
+    ] = None,
     thorough: Annotated[bool, typer.Option(help="Train some six times as long.")] = False,
     model: Annotated[str, typer.Option(help="Another encoder.")] = "minilm",
     as_json: AsJson = False,
@@ -84,7 +86,8 @@ def demo(
     from .runtime.report import headline, write_report
 
     with _Bars() as bars:
-        result = run(out, model=model, budget=budget, thorough=thorough, progress=bars)
+        chosen = budget or f"flops <= {0.45 if thorough else 0.55}"
+        result = run(out, model=model, budget=chosen, thorough=thorough, progress=bars)
     page, _ = write_report(result, out)
     if as_json:
         print(json.dumps(result))  # noqa: T201
