@@ -13,14 +13,13 @@ from ...ir.errors import CompileError
 from ..spec import constants_of
 from .emit import emit
 from .load import interpreting, load
-from .spec import FEW_ROWS, SPAN, Tiles, TritonSpec, default_tiles, selection_rows
+from .spec import FEW_ROWS, MANY, SPAN, Tiles, TritonSpec, default_tiles, selection_rows
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx90a")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
                 "gfx90a": 65536}  # fmt: skip
 """Bytes of shared memory that one program may ask for."""
 
-MANY = 1 << 16
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+")
 _WIDE = re.compile(r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async\.cg\."
@@ -107,7 +106,7 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
     for rows in (1, FEW_ROWS):
         tiles = fitted(default_tiles(spec, "few", rows, hopper=hopper), target)
         sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
-        add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, done=i32, y=own,
+        add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, y=own,
                         rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
     block = selection_rows(spec, "masked")
     add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
@@ -161,7 +160,7 @@ def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(kernel.signature.values())
-        if kind.startswith("*") and list(kernel.signature)[i] not in ("total", "done")
+        if kind.startswith("*") and list(kernel.signature)[i] != "total"
     }
     source = ASTSource(
         fn=getattr(module, kernel.function),

@@ -6,6 +6,8 @@ from ..spec import BlockSpec
 
 FEW_ROWS = 16
 SPAN = 4096
+MANY = 1 << 16
+"""Rows for which tiles are chosen where the number is not known."""
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
