@@ -21,6 +21,7 @@ import torch
 from skimp.codegen.triton import kernels as K
 from skimp.codegen.triton import tuned
 from skimp.codegen.triton.aot import TARGETS, compile_all
+from skimp.codegen.triton.launch import run
 from skimp.codegen.triton.spec import TritonSpec, choose
 from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import dynk_ffn, reference
@@ -98,7 +99,7 @@ def check(case):
             assert isinstance(spec, TritonSpec), spec
             for plan in plans(spec, rows):
                 torch.full((1 << 24,), float("nan"), device="cuda")  # what buffers will be made of
-                found = error(K.run(spec, plan, *args[:9]), *args)
+                found = error(run(spec, plan, *args[:9]), *args)
                 key = f"{plan} {name}"
                 worst[key] = max(worst.get(key, 0.0), found)
                 assert found <= TOLERANCE[name], (case, name, rows, plan, found)
@@ -114,7 +115,7 @@ def warm(what):
         scores = bernoulli(rows, d_ff // e, 0.5, dtype)
         spec = K._prepare(x, scores, w[:6], e, w[7], more.get("precision", "ieee"))
         for plan in more.get("ways", ()) or [choose(spec, rows)]:
-            K.run(spec, plan, x, scores, torch.tensor(0.5, device="cuda"), *w[:6])
+            run(spec, plan, x, scores, torch.tensor(0.5, device="cuda"), *w[:6])
     torch.cuda.synchronize()
 
 
@@ -278,7 +279,7 @@ def line(d, d_ff, gated, rows, dtype, sizes, shares, autotune=False, precision="
                 used = plan or choose(spec, rows)
 
                 def every(args=args, spec=spec, used=used):
-                    return [K.run(spec, used, *a[:9]) for a in args]
+                    return [run(spec, used, *a[:9]) for a in args]
 
                 key = f"e{e} {share:.0%}" + (f" {plan}" if plan else "")
                 calls[key], out = capture(every)

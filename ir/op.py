@@ -53,7 +53,7 @@ def select(scores: Tensor, tau: Tensor) -> Tensor:
     # the product is rounded once, to the scores' dtype: PyTorch would round tau too, on GPUs only
     wide = torch.promote_types(scores.dtype, torch.float32)
     limit = tau.to(wide) * scores.amax(-1, keepdim=True).to(wide)
-    return ~(scores < limit.to(scores.dtype))
+    return torch.bitwise_not(scores < limit.to(scores.dtype))
 
 
 def hidden(

@@ -113,14 +113,16 @@ def prepare(
     """The spec of such arguments, or why no kernel fits them; remembered."""
     precision = followed_precision()
     key = (
-        act, expert_size, precision, x.dtype, x.shape[-1], scores.shape[-1], scores.dtype, x.device,
+        act, precision, x.dtype, scores.dtype, x.device,
+        # sizes are constants of the text, never symbols
+        int(expert_size), int(x.shape[-1]), int(scores.shape[-1]),
         x.shape[:-1] == scores.shape[:-1],
-        *((None if t is None else (t.dtype, t.shape, t.device)) for t in weights),
+        *((None if t is None else (t.dtype, tuple(map(int, t.shape)), t.device)) for t in weights),
         scores.device,
     )  # fmt: skip
     spec = _prepared.get(key)
     if spec is None:
-        spec = _prepared[key] = _prepare(x, scores, weights, expert_size, act, precision)
+        spec = _prepared[key] = _prepare(x, scores, weights, int(expert_size), act, precision)
     return spec
 
 

@@ -142,7 +142,8 @@ class Launch:
         b_out: Tensor | None, rows: int,
     ) -> Tensor:  # fmt: skip
         """The whole block for few rows: ``[rows * d_out]``."""
-        sums = self.zeros(rows * self.spec.d_out + 1)
+        n = rows * self.spec.d_out
+        sums = self.zeros(n + 1)
         one = rows == 1
         y = x.new_empty(self.spec.d_out if one else 1)
         bias = w_out if b_out is None else b_out.contiguous()
@@ -151,7 +152,7 @@ class Launch:
             x, scores, tau, *first, w_out, bias, sums, y, rows,
             RP=1 if one else FEW_ROWS, **constants, **self.options,
         )  # fmt: skip
-        return y if one else self.finish(sums[: rows * self.spec.d_out], b_out, x.dtype)
+        return y if one else self.finish(sums.narrow(0, 0, n), b_out, x.dtype)
 
     def finish(self, sums: Tensor, b_out: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Sums ``[rows * d_out]`` and the bias, as ``dtype``."""

@@ -57,7 +57,7 @@ class Lowering(CustomGraphPass):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.lowered = 0
-        self._rules = PatternMatcherPass(pass_name="skimp-lower")  # noqa: S106
+        self._rules = PatternMatcherPass(pass_name="skimp-lower")
         register_graph_pattern(
             CallFunctionVarArgs(torch.ops.skimp.dynk_ffn.default),
             extra_check=_fits,

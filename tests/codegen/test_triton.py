@@ -27,8 +27,9 @@ SPECS = {"gated": GATED, "plain": PLAIN, "ragged": RAGGED}
 
 
 @pytest.mark.timeout(600)
-def test_interpreted_kernels_compute_the_reference():
-    path = Path(__file__).with_name("interpreted_triton.py")
+@pytest.mark.parametrize("what", ["triton", "lower"])
+def test_interpreted_kernels_compute_the_reference(what):
+    path = Path(__file__).with_name(f"interpreted_{what}.py")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     got = subprocess.run(
         [sys.executable, "-m", "pytest", "-c", path.parents[1] / "pytest.ini", path, "-x"],
