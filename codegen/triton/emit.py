@@ -3,6 +3,7 @@
 import re
 import textwrap
 
+from .grads import GRADS, SLOPES
 from .many import BLOCKS, LISTS, PAIRS, ROUTE
 from .spec import TritonSpec, padded
 
@@ -107,6 +108,15 @@ def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, y, rows,
 
 def emit(spec: TritonSpec) -> str:
     """The complete module of one block: a selection, and every way of running what it selects."""
+    return _text(spec, [_HEAD, _FEW, BLOCKS, ROUTE, LISTS, PAIRS])
+
+
+def emit_grads(spec: TritonSpec) -> str:
+    """The module that differentiates one block; a part of its own, since few calls need it."""
+    return _text(spec, [_HEAD, GRADS])
+
+
+def _text(spec: TritonSpec, parts: list[str]) -> str:
     values = {
         "name": spec.name,
         "D": spec.d,
@@ -117,6 +127,7 @@ def emit(spec: TritonSpec) -> str:
         "S": spec.expert_size,
         "precision": f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
         "act": textwrap.indent(_ACTS[spec.act], "    ").lstrip(),
+        "slope": textwrap.indent(SLOPES[spec.act], "    ").lstrip(),
     }
     flags = {
         "gated": spec.gated,
@@ -129,7 +140,6 @@ def emit(spec: TritonSpec) -> str:
         "gated_whole": spec.gated and spec.d % 64 == 0,
         "gated_ragged": spec.gated and spec.d % 64 != 0,
     }
-    parts = [_HEAD, _FEW, BLOCKS, ROUTE, LISTS, PAIRS]
     return "\n\n".join(_fill(part, values, flags).strip() for part in parts) + "\n"
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.triton import kernels as K
+from skimp.codegen.triton.backward import gradients
 from skimp.codegen.triton.launch import run
 from skimp.codegen.triton.spec import TritonSpec
 from skimp.codegen.triton.tune import plans
@@ -157,3 +158,40 @@ def test_the_entry_point():
     assert torch.allclose(K.dynk_ffn_cuda(*args), want, atol=1e-5)
     torch.use_deterministic_algorithms(False)
     K._fallbacks.clear()
+
+
+def check_gradients(args):
+    spec = K._prepare(args[0], args[1], tuple(args[3:9]), args[9], args[10], "ieee")
+    assert isinstance(spec, TritonSpec), spec
+    live = [t.double().requires_grad_() if t is not None and i not in (1, 2) else t
+            for i, t in enumerate(args[:9])]  # fmt: skip
+    y = reference(*live, *args[9:])
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
+    given = [t for i, t in enumerate(live) if t is not None and i not in (1, 2)]
+    wanted = torch.autograd.grad(y, given, grad.double())
+    got = [t for t in gradients(spec, grad, *args[:9]) if t is not None]
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == args[0].dtype
+        worst = (a.double() - b).norm() / b.norm().clamp_min(1e-12)
+        assert worst <= 3 * TOLERANCE[a.dtype], float(worst)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_against_autograd_of_the_reference(case, dtype):
+    for rows in (1, 37) if dtype == torch.float32 else (37,):
+        check_gradients(make(case, rows, dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 90])
+def test_gradients_of_all_to_one_and_empty_experts(rows):
+    args = make(CASES[2], rows)
+    args[1] = torch.zeros(rows, 4)
+    args[1][:, 2] = 1
+    check_gradients(args)
+    spec = K._prepare(args[0], args[1], tuple(args[3:9]), args[9], args[10], "ieee")
+    into = gradients(spec, torch.ones(rows, 104), *args[:9])[1]
+    assert (into[:16] == 0).all()
+    assert (into[24:] == 0).all()
