@@ -33,9 +33,6 @@ def skimp(
 def with_lowering(passes: Any = None) -> tuple[Any, ...]:
     """Inductor's post-grad passes, with the one that shows it the kernels of blocks on CUDA.
 
-    Packages ahead of time take it too: ``aoti_compile_and_package(exported,
-    inductor_configs={LOWERING: with_lowering()})`` holds the kernels and needs no Python.
-
     Args:
         passes: What else shall run there; by default what Inductor's configuration says.
     """

@@ -42,8 +42,15 @@ def gradients(
     Args:
         spec: Of the block.
         grad: Of the output, ``[.., d_out]``.
-        x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out: As :func:`skimp.ir.reference`
-            takes them.
+        x: As :func:`skimp.ir.reference` takes it, like all that follow.
+        scores: The router's.
+        tau: Threshold.
+        w_in: Weights, like the five that follow.
+        b_in: Or ``None``.
+        w_gate: Or ``None``.
+        b_gate: Or ``None``.
+        w_out: Of the second product.
+        b_out: Or ``None``.
 
     The input's sums are atomic; those of weights are not. Memory is two, gated three, times
     ``rows * d_ff``, written only where an expert ran.

@@ -36,7 +36,12 @@ def run(
         x: As :func:`skimp.ir.reference` takes it, like the others up to ``b_out``.
         scores: The router's.
         tau: Threshold.
-        w_in, b_in, w_gate, b_gate, w_out, b_out: Weights.
+        w_in: Weights, like the five that follow.
+        b_in: Or ``None``.
+        w_gate: Or ``None``.
+        b_gate: Or ``None``.
+        w_out: Of the second product.
+        b_out: Or ``None``.
         tiles: Of the plan; by default :func:`skimp.codegen.triton.spec.default_tiles`.
         traced: Into a graph: rows may be symbolic, and what is no kernel of its own stays ordinary
             PyTorch, for Inductor to fuse with its neighbours.
@@ -81,9 +86,7 @@ def run(
 
 
 def stand_ins(w_in: Tensor, *others: Tensor | None) -> list[Tensor]:
-    """The pointers of the first product. Kernels are not emitted to read what is absent; any
-    pointer stands in for it.
-    """
+    """The pointers of the first product; any stands in for what no kernel is emitted to read."""
     return [w_in, *(w_in if t is None else t.contiguous() for t in others)]
 
 
