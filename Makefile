@@ -26,6 +26,7 @@ demo: $(STAMP) ## convert a real encoder, measure it, write out/report.html
 bench: $(STAMP) ## time the kernels and the encoder against what there is
 	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/encoder.py
+	$(BIN)/python benchmarks/split.py
 
 test: $(STAMP) ## run the whole suite
 	$(BIN)/python -m pytest tests

@@ -11,12 +11,16 @@ from .ir.errors import SkimpError
 from .passes.budget import set_tau
 from .passes.convert import Converted, convert, explain, recipe
 from .passes.data import batches, embedded_text, hold_out
+from .passes.graft import graft
+from .runtime.hub import install as _install_hub
+from .runtime.hub.folder import save_pretrained, unconvert
 from .runtime.store import load, save
 
 __version__ = "0.1.0"
 
 _install()  # the op runs a compiled kernel on CPU; the first call of a shape compiles it
 _install_cuda()  # the same on CUDA, where Triton compiles it
+_install_hub()  # from_pretrained of transformers loads what save_pretrained wrote
 
 __all__ = [
     "Converted",
@@ -25,9 +29,12 @@ __all__ = [
     "convert",
     "embedded_text",
     "explain",
+    "graft",
     "hold_out",
     "load",
     "recipe",
     "save",
+    "save_pretrained",
     "set_tau",
+    "unconvert",
 ]

@@ -98,8 +98,9 @@ def demo(
 
 @app.command(epilog="Example:  skimp explain minilm")
 def explain(model: Model = "minilm", as_json: AsJson = False) -> None:
-    """Show which feed-forward networks would be converted, what nearly would, and why not."""
+    """Show which networks and attention projections are found, what nearly was, and why not."""
     from .passes.convert import explain as run
+    from .passes.project import hidden_neurons
     from .runtime.models import load_pretrained
 
     loaded = load_pretrained(model)
@@ -114,7 +115,13 @@ def explain(model: Model = "minilm", as_json: AsJson = False) -> None:
     for s in found.sites:
         table.add_row(s.name, s.act, str(s.d), str(s.d_ff), "yes" if s.gated else "no")
     _out.print(table)
-    for miss in found.misses:
+    if found.projections:
+        table = Table("attention projection (--projections)", "role", "d", "d_out", "hidden")
+        for p in found.projections:
+            hidden = str(hidden_neurons(p.d, p.d_out, 8))
+            table.add_row(p.name, p.role, str(p.d), str(p.d_out), hidden)
+        _out.print(table)
+    for miss in (*found.misses, *found.projection_misses):
         _out.print(f"not {miss.nodes[-1]}: {miss.reason}", style="yellow")
 
 
@@ -127,31 +134,30 @@ def convert(
     ] = None,
     budget: Budget = "flops <= 0.55",
     thorough: Annotated[bool, typer.Option(help="Train some six times as long.")] = False,
+    projections: Annotated[
+        bool, typer.Option("--projections", help="Convert attention projections too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert an encoder; start again after an interruption and it goes on where it was."""
-    from .passes.convert import convert as run
-    from .passes.convert import recipe
-    from .passes.data import batches, embedded_text, hold_out
+    from .passes.data import embedded_text
+    from .runtime.demo import convert_text_model
     from .runtime.models import load_pretrained
-    from .runtime.store import save
 
     loaded = load_pretrained(model)
     passages = text.read_text().splitlines() if text else embedded_text()
     passages = [p for p in passages if p.strip()]
-    train, held = hold_out(passages, min(400, max(1, len(passages) // 10)))
-    data = batches(loaded.tokenizer, train)
     with _Bars() as bars:
-        done = run(
-            loaded.model,
-            data,
-            held_out=batches(loaded.tokenizer, held, batch_tokens=8192),
+        done, _ = convert_text_model(
+            loaded,
+            passages,
+            out,
+            stages=out.with_name(out.name + "-stages"),
             budget=budget,
-            passes=recipe(budget, thorough=thorough),
-            folder=out.with_name(out.name + "-stages"),
+            thorough=thorough,
+            projections=projections,
             progress=bars,
         )
-    save(done.model, out, data[0])
     if as_json:
         print(json.dumps(done.history))  # noqa: T201
         return
@@ -164,7 +170,7 @@ def convert(
 
 @app.command(epilog="Example:  skimp bench encoder --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="'block' or 'encoder'.")] = "block",
+    name: Annotated[str, typer.Argument(help="'block', 'encoder' or 'split'.")] = "block",
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats.")] = False,
 ) -> None:

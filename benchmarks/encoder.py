@@ -6,7 +6,6 @@ at its best setting, warmed, at the same threads and dtype; runs are interleaved
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,25 +14,8 @@ from skimp.passes.base import first_tensor
 from skimp.passes.data import embedded_text
 from skimp.runtime.demo import SHAPES, exactly
 from skimp.runtime.models import load_pretrained
+from skimp.runtime.ort import onnx_session
 from skimp.runtime.store import load
-
-
-def onnx_session(model, inputs):
-    """The dense model in ONNX Runtime with all graph optimisations."""
-    import onnxruntime
-
-    path = Path(tempfile.mkdtemp()) / "dense.onnx"
-    names = list(inputs)
-    axes = {n: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for n in names}
-    torch.onnx.export(
-        model, (), path, kwargs=inputs, dynamic_shapes=axes, dynamo=True, verbose=False
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    kept = {i.name for i in session.get_inputs()}
-    return lambda batch: session.run(None, {n: v.numpy() for n, v in batch.items() if n in kept})
 
 
 def main():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import DynkFFN
+from .block import DynkFFN, Projection
 from .cost import write_atomically
 from .errors import ArtefactError
 
@@ -57,10 +57,12 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
                 expert_size=b.expert_size,
                 router_width=b.router.down.out_features,
                 dense=b.dense,
+                linear=b.linear,
             )
             for name, b in model.named_modules()
             if isinstance(b, DynkFFN)
         },
+        "linears": [n for n, p in model.named_modules() if isinstance(p, Projection)],
         "record": record,
     }
     try:
@@ -124,14 +126,21 @@ def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
     except SafetensorError as error:
         raise ArtefactError(f"{path} is not a safetensors file: {error}") from error
     state |= {name: state[first] for name, first in index["aliases"].items()}
-    found = {n: b for n, b in model.named_modules() if isinstance(b, DynkFFN)}
-    if set(found) != set(index["blocks"]):
+    found = {n: b for n, b in model.named_modules() if isinstance(b, DynkFFN | Projection)}
+    held = {*index["blocks"], *index.get("linears", ())}
+    if set(found) != held:
         raise ArtefactError(
-            f"{folder} holds blocks {sorted(index['blocks'])[:3]}.., the model has "
+            f"{folder} holds blocks {sorted(held)[:3]}.., the model has "
             f"{sorted(found)[:3]}..: it was converted from another architecture"
         )
     for name, settings in index["blocks"].items():
         block = found[name]
+        if isinstance(block, Projection):
+            try:
+                block = _in_place_of(block, name, state, settings)
+            except KeyError as error:
+                raise ArtefactError(f"{folder} does not hold {error} of a block") from error
+            model.set_submodule(name, block)
         block.act, block.dense = str(settings["act"]), bool(settings["dense"])
         block.expert_size = int(settings["expert_size"])
         width, experts = int(settings["router_width"]), block.experts
@@ -143,3 +152,24 @@ def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
     except RuntimeError as error:
         raise ArtefactError(f"{folder} does not fit the model: {error}") from error
     return dict(index["record"])
+
+
+def _in_place_of(
+    linear: Projection, name: str, state: dict[str, Tensor], settings: dict[str, Any]
+) -> DynkFFN:
+    """The block that had taken the place of a linear layer, its weights still to be loaded."""
+    w_in, b_in, w_out, b_out = (
+        torch.zeros_like(state[f"{name}.{k}"]) for k in ("w_in", "b_in", "w_out", "b_out")
+    )
+    return DynkFFN(
+        w_in,
+        b_in,
+        None,
+        None,
+        w_out,
+        b_out,
+        expert_size=int(settings["expert_size"]),
+        act=str(settings["act"]),
+        router_width=int(settings["router_width"]),
+        linear=True,
+    ).to(linear.weight.dtype)

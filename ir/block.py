@@ -1,7 +1,8 @@
-"""The dynamic-k block: a router and the experts it chooses from."""
+"""The dynamic-k block: a router and the experts it chooses from; and what it may replace."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import op
 from .errors import BadWeightsError
@@ -28,6 +29,43 @@ class Router(nn.Module):
         return self.up(torch.relu(self.down(x))).abs()  # type: ignore[no-any-return]
 
 
+class Projection(nn.Module):
+    """A linear layer in the place of a block: an attention projection that is not one, or not yet.
+
+    A network lifts into a block that computes the same. A linear layer does not: the network that
+    replaces it has to learn it first. So it is lifted into itself, at the name its block will have.
+
+    Args:
+        weight: ``[d_out, d]``.
+        bias: ``[d_out]`` or ``None``.
+        expert_size: Neurons per expert of the block that may replace it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, expert_size: int = 8) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.expert_size = expert_size
+
+    @property
+    def d(self) -> int:
+        """Width of the input row."""
+        return int(self.weight.shape[1])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output row."""
+        return int(self.weight.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[.., d] -> [.., d_out]``."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Its sizes."""
+        return f"d={self.d}, d_out={self.d_out}, bias={self.bias is not None}"
+
+
 class DynkFFN(nn.Module):
     """A feed-forward network split into experts, of which each row runs only some.
 
@@ -42,6 +80,8 @@ class DynkFFN(nn.Module):
         act: A key of :data:`skimp.ir.ACTIVATIONS`.
         router_width: Hidden width of the router.
         tau: Initial threshold; 0 runs every expert.
+        linear: The block stands for one linear layer ``[d_out, d]``, not for a network like itself;
+            its FLOPs are compared with those.
 
     Attributes:
         dense: The block computes the dense network, without its router, because that is faster.
@@ -71,6 +111,7 @@ class DynkFFN(nn.Module):
         act: str,
         router_width: int,
         tau: float = 0.0,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         d_ff, d = w_in.shape
@@ -96,7 +137,7 @@ class DynkFFN(nn.Module):
                 raise BadWeightsError(
                     f"{name} has shape {tuple(value.shape)}, expected {expected[name]}"
                 )
-            if not bool(torch.isfinite(value).all()):
+            if not value.is_meta and not bool(torch.isfinite(value).all()):
                 raise BadWeightsError(
                     f"{name} holds NaN or infinity; repair the checkpoint before converting it"
                 )
@@ -104,6 +145,7 @@ class DynkFFN(nn.Module):
         self.expert_size = expert_size
         self.act = act
         self.dense = False
+        self.linear = linear
         self.router = Router(d, router_width, d_ff // expert_size)
         self.register_buffer("tau", torch.tensor(float(tau)))
 
@@ -132,9 +174,24 @@ class DynkFFN(nn.Module):
         """Whether a second projection gates the hidden neurons."""
         return self.w_gate is not None
 
+    def every_expert(self, x: Tensor) -> Tensor:
+        """``[.., d] -> [.., d_out]`` through all experts, without the router: tau = 0."""
+        return self.project(self.hidden(x))
+
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations of every expert, ``[.., d_ff]``."""
-        return op.hidden(x, self.w_in, self.b_in, self.w_gate, self.b_gate, self.act)
+        return self.fire(self.pre_activation(x), x)
+
+    def pre_activation(self, x: Tensor) -> Tensor:
+        """What the activation is applied to, ``[.., d_ff]``: of a gated network, the gate."""
+        if self.w_gate is None:
+            return F.linear(x, self.w_in, self.b_in)
+        return F.linear(x, self.w_gate, self.b_gate)
+
+    def fire(self, pre: Tensor, x: Tensor) -> Tensor:
+        """Hidden activations from :meth:`pre_activation`."""
+        h = op.ACTIVATIONS[self.act](pre)
+        return h if self.w_gate is None else h * F.linear(x, self.w_in, self.b_in)
 
     def project(self, h: Tensor) -> Tensor:
         """The second projection and its bias: ``[.., d_ff] -> [.., d_out]``."""
@@ -144,7 +201,7 @@ class DynkFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[.., d] -> [.., d_out]`` through the experts that the router selects."""
         if self.dense:
-            return self.project(self.hidden(x))
+            return self.every_expert(x)
         return op.dynk_ffn(  # type: ignore[no-any-return]
             x,
             self.router(x),

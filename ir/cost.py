@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .block import DynkFFN, Projection
+
 if TYPE_CHECKING:
     import sympy
-
-    from .block import DynkFFN
 
 
 @cache
 def symbols() -> dict[str, sympy.Symbol]:
-    """The symbols of the expressions: rows, d, d_ff, d_out, experts, k, width, itemsize, gates."""
+    """The symbols of the expressions."""
     import sympy
 
-    names = "rows d d_ff d_out experts k width itemsize gates"
+    names = "rows d d_ff d_out experts k width itemsize gates linear"
     return {name: sympy.Symbol(name, positive=True) for name in names.split()}
 
 
@@ -36,19 +36,21 @@ def expressions() -> dict[str, sympy.Expr]:
     """FLOPs and bytes per call, by name.
 
     ``gates`` is 1 for a gated network, else 0; ``k`` is the mean number of experts per row.
-    ``bytes`` counts weights read once per call, if every row needs the same ``k`` experts, which
-    is the least that a call of few rows can read.
+    ``dense_flops`` is what the block replaced: a network like itself, or, where ``linear`` is 1,
+    one linear layer. ``bytes`` counts weights read once per call, if every row needs the same
+    ``k`` experts, which is the least that a call of few rows can read.
     """
     s = symbols()
     neuron = s["d"] * (1 + s["gates"]) + s["d_out"]
-    dense = 2 * s["rows"] * s["d_ff"] * neuron
+    network = 2 * s["rows"] * s["d_ff"] * neuron
+    linear = 2 * s["rows"] * s["d"] * s["d_out"]
     router = 2 * s["rows"] * s["width"] * (s["d"] + s["experts"])
     share = s["k"] / s["experts"]
     router_bytes = s["width"] * (s["d"] + s["experts"])
     return {
-        "dense_flops": dense,
+        "dense_flops": s["linear"] * linear + (1 - s["linear"]) * network,
         "router_flops": router,
-        "flops": router + share * dense,
+        "flops": router + share * network,
         "bytes": s["itemsize"] * (router_bytes + share * s["d_ff"] * neuron),
     }
 
@@ -72,21 +74,32 @@ def evaluate(name: str, block: DynkFFN, *, rows: float = 1, k: float | None = No
         width=block.router.down.out_features,
         itemsize=block.w_in.element_size(),
         gates=int(block.gated),
+        linear=int(block.linear),
     )
     return float(expressions()[name].subs({symbols()[n]: v for n, v in values.items()}))
 
 
-def ffn_share(chosen: Mapping[str, float], blocks: Mapping[str, DynkFFN]) -> float:
-    """FLOPs of the blocks, routers included, as a share of the dense networks they replace.
+def dense_flops(place: DynkFFN | Projection) -> float:
+    """FLOPs per row of what was there before any conversion."""
+    if isinstance(place, Projection):
+        return 2.0 * place.d * place.d_out
+    return evaluate("dense_flops", place)
+
+
+def ffn_share(chosen: Mapping[str, float], places: Mapping[str, DynkFFN | Projection]) -> float:
+    """FLOPs of the blocks, routers included, as a share of what they replace.
 
     Args:
         chosen: Mean experts per row, k, by block name.
-        blocks: The blocks by name. One that stays dense counts as dense.
+        places: Blocks, and linear layers that could have been, by name. What stays dense counts as
+            dense.
     """
-    dense = sum(evaluate("dense_flops", b) for b in blocks.values())
+    dense = sum(dense_flops(p) for p in places.values())
     spent = sum(
-        evaluate("dense_flops", b) if b.dense else evaluate("flops", b, k=chosen[name])
-        for name, b in blocks.items()
+        dense_flops(p)
+        if isinstance(p, Projection) or p.dense
+        else evaluate("flops", p, k=chosen[name])
+        for name, p in places.items()
     )
     return spent / dense
 

@@ -1,4 +1,4 @@
-"""What discovery reports: the feed-forward networks of a graph, and the near misses."""
+"""What discovery reports: feed-forward networks and attention projections, and near misses."""
 
 from dataclasses import dataclass
 
@@ -43,6 +43,34 @@ class FFNSite:
     def gated(self) -> bool:
         """Whether a second projection gates the hidden neurons."""
         return self.w_gate is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionSite:
+    """One projection of an attention: a linear layer, or the part of a fused one with one role.
+
+    Attributes:
+        name: The weight's dotted name without ``weight``; of a part of a fused one, with its role.
+        role: ``query``, ``key``, ``value`` or ``output``.
+        d: Width of the input row.
+        d_out: Width of the output row; narrower for grouped keys and values.
+        weight, bias: Names of the parameters; ``bias`` is ``None`` where absent.
+        columns: Runs ``(start, stop)`` of the fused output that are this projection's, in order;
+            ``None`` for a whole linear layer.
+        transposed: The weight is stored ``[in, out]`` (Conv1D) rather than ``[out, in]``.
+        input_node, output_node: Names of the graph nodes that feed and compute the linear layer.
+    """
+
+    name: str
+    role: str
+    d: int
+    d_out: int
+    weight: str
+    bias: str | None
+    columns: tuple[tuple[int, int], ...] | None
+    transposed: bool
+    input_node: str
+    output_node: str
 
 
 @dataclass(frozen=True, slots=True)

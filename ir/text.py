@@ -1,6 +1,7 @@
 """The text form: one typed line per block, which parses back.
 
 encoder.layer.0.dynk: dynk_ffn<relu, 384 -> 1536 -> 384, 192 x 8, router 64, tau 0.1, f32>
+encoder.layer.0.query.dynk: dynk_linear<relu, 384 -> 192 -> 384, 24 x 8, router 21, tau 0.1, f32>
 """
 
 import re
@@ -12,7 +13,7 @@ from .block import DynkFFN
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 _LINE = re.compile(
-    r"(?P<name>\S*): (?P<kind>dense_ffn|dynk_ffn)<(?P<gated>gated )?(?P<act>\w+), "
+    r"(?P<name>\S*): (?P<kind>dense|dynk)_(?P<what>ffn|linear)<(?P<gated>gated )?(?P<act>\w+), "
     r"(?P<d>\d+) -> (?P<d_ff>\d+) -> (?P<d_out>\d+), (?P<experts>\d+) x (?P<expert_size>\d+), "
     r"router (?P<width>\d+), tau (?P<tau>[-+.\de]+), (?P<dtype>\w+)>"
 )
@@ -34,6 +35,7 @@ class BlockLine:
     tau: float
     dtype: str
     dense: bool
+    linear: bool = False
 
     @classmethod
     def of(cls, name: str, block: DynkFFN) -> "BlockLine":
@@ -51,10 +53,11 @@ class BlockLine:
             float(block.tau),
             _DTYPES.get(block.w_in.dtype, str(block.w_in.dtype)),
             block.dense,
+            block.linear,
         )
 
     def __str__(self) -> str:
-        kind = "dense_ffn" if self.dense else "dynk_ffn"
+        kind = ("dense" if self.dense else "dynk") + ("_linear" if self.linear else "_ffn")
         return (
             f"{self.name}: {kind}<{'gated ' if self.gated else ''}{self.act}, "
             f"{self.d} -> {self.d_ff} -> {self.d_out}, {self.experts} x {self.expert_size}, "
@@ -83,7 +86,8 @@ def parse(line: str) -> BlockLine:
         int(match["width"]),
         float(match["tau"]),
         match["dtype"],
-        match["kind"] == "dense_ffn",
+        match["kind"] == "dense",
+        match["what"] == "linear",
     )
 
 

@@ -3,19 +3,22 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..ir.block import DynkFFN
 from ..ir.cost import ffn_share
 from ..ir.errors import CalibrationError
+from ..ir.measure import compare
 from ..ir.op import select
-from .data import Batch, real_tokens
-from .lift import blocks
+from .data import LABELS, Batch, real_tokens
+from .lift import blocks, lifted_layers
 
 
 class Progress(Protocol):
@@ -53,18 +56,64 @@ def pooled(outputs: Any, batch: Batch) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
+Loss = Callable[[Any, Batch], Tensor]
+"""From a model's output and the whole batch to one number to be made small, 0-d."""
+
+
+def next_tokens(outputs: Any, batch: Batch) -> Tensor:
+    """Logits of every real token of a language model, ``[tokens, vocabulary]``."""
+    return real_rows(first_tensor(outputs), real_tokens(batch))
+
+
+def reads_logits(outputs: Any) -> bool:
+    """Whether a model's output is logits per token, as a language model's is."""
+    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    return isinstance(logits, Tensor) and logits.dim() == 3 and logits is first_tensor(outputs)
+
+
+def cosine_distance(got: Tensor, want: Tensor) -> Tensor:
+    """One minus the mean cosine of rows, 0-d."""
+    return 1 - F.cosine_similarity(got, want, dim=-1).mean()
+
+
+def kl_divergence(got: Tensor, want: Tensor, rows: int = 256) -> Tensor:
+    """Mean Kullback-Leibler divergence to the teacher's next token, nats per token, 0-d.
+
+    Args:
+        got: The student's logits, ``[tokens, vocabulary]``.
+        want: The teacher's.
+        rows: Taken at a time, and again in the backward pass: for a large vocabulary the
+            softmax of a batch is larger than all other activations.
+    """
+
+    def part(g: Tensor, w: Tensor) -> Tensor:
+        logs = g.float().log_softmax(-1), w.float().log_softmax(-1)
+        return F.kl_div(*logs, reduction="sum", log_target=True)
+
+    total = torch.zeros((), device=got.device)
+    for g, w in zip(got.split(rows), want.split(rows), strict=True):
+        again = g.requires_grad
+        total = total + (checkpoint(part, g, w, use_reentrant=False) if again else part(g, w))
+    return total / max(len(got), 1)
+
+
 @dataclass(slots=True)
 class Context:
     """What passes may use beside the graph.
 
     Attributes:
-        teacher: The model as it was, its networks lifted into blocks at tau = 0.
+        teacher: The model as it was, its networks lifted into blocks that stay dense and, where
+            they are converted too, its attention projections into linear layers under the names
+            that their blocks have in the student.
         train: Batches to train on.
         held_out: Batches to choose thresholds on.
         output: From a model's output and the batch to what its user reads, ``[rows, m]``.
+        distance: Between a student's and the teacher's of these, 0-d: :func:`cosine_distance`, or
+            :func:`kl_divergence` for a language model.
         progress: Told how far a stage has come.
         seed: Of every random choice.
-        kept: The data last asked for, and the teacher's outputs for it.
+        kept: The data last asked for, and the teacher's outputs for each batch of it.
+        loss: The user's task, if there is one; else everything is learnt from the teacher.
     """
 
     teacher: GraphModule
@@ -73,13 +122,43 @@ class Context:
     output: Callable[[Any, Batch], Tensor] = pooled
     progress: Progress = silent
     seed: int = 0
-    kept: tuple[Sequence[Batch], Tensor] | None = None
+    kept: tuple[Sequence[Batch], list[Tensor]] | None = None
+    loss: Loss | None = None
+    distance: Callable[[Tensor, Tensor], Tensor] = cosine_distance
 
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
             raise CalibrationError(
                 "the calibration set is empty; give at least a few hundred passages or inputs"
             )
+
+
+def call(gm: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch without what only the loss reads."""
+    return gm(**{name: value for name, value in batch.items() if name != LABELS})
+
+
+def task_loss(context: Context, outputs: Any, batch: Batch) -> Tensor:
+    """The user's loss, checked.
+
+    Raises:
+        CalibrationError: It is not one finite number that depends on the outputs.
+    """
+    assert context.loss is not None
+    value = context.loss(outputs, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise CalibrationError(f"loss returned {shape}; it must return a tensor of one number")
+    if not value.requires_grad:
+        raise CalibrationError(
+            "loss returned a number that does not depend on the model's outputs, so nothing can "
+            "be learnt from it; do not detach them or use .item()"
+        )
+    if not bool(torch.isfinite(value)):
+        raise CalibrationError(
+            f"loss returned {value.item()}; check the labels, or lower the learning rate"
+        )
+    return value.reshape(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,25 +186,40 @@ class Pass:
         return f"{self.name}{{{options}}}"
 
 
-def capture(gm: nn.Module, data: Sequence[Batch], limit: int | None = None) -> dict[str, Tensor]:
+def capture(
+    gm: nn.Module,
+    data: Sequence[Batch],
+    limit: int | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
     """Inputs of every block, rows of real tokens only: ``{name: [rows, d]}``.
+
+    Blocks that read one tensor, as query, key and value do, share the rows.
 
     Args:
         gm: A model with blocks.
         data: Batches, run in order.
         limit: Stop after this many rows (of the first block).
+        names: Other modules to look at, in place of the blocks.
     """
-    rows: dict[str, list[Tensor]] = {name: [] for name in blocks(gm)}
+    rows: dict[str, list[Tensor]] = {name: [] for name in (blocks(gm) if names is None else names)}
     count = 0
-    for _ in watch(gm, data, lambda name, _, x: rows[name].append(x)):
+    for _ in watch(gm, data, lambda name, _, x: rows[name].append(x), list(rows)):
         count += len(next(iter(rows.values()))[-1])
         if limit is not None and count >= limit:
             break
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    joined: dict[tuple[int, ...], Tensor] = {}
+    for parts in rows.values():
+        key = tuple(map(id, parts))
+        joined[key] = joined[key] if key in joined else torch.cat(parts)
+    return {name: joined[tuple(map(id, parts))] for name, parts in rows.items()}
 
 
 def watch(
-    gm: nn.Module, data: Sequence[Batch], look: Callable[[str, DynkFFN, Tensor], None]
+    gm: nn.Module,
+    data: Sequence[Batch],
+    look: Callable[[str, Any, Tensor], None],
+    names: Sequence[str] | None = None,
 ) -> Iterator[tuple[Batch, Any]]:
     """Run a model without gradients and show what enters each block.
 
@@ -133,21 +227,30 @@ def watch(
         gm: A model with blocks.
         data: Batches, run in order.
         look: Called with a block's name, the block, and its input's rows of real tokens.
+        names: Other modules to look at, in place of the blocks.
 
     Yields:
         Each batch with the model's output.
     """
     mask: Tensor | None = None
+    last: tuple[Tensor, Tensor] | None = None  # several blocks may read one tensor, in a row
 
-    def hook(name: str, block: DynkFFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: look(name, block, real_rows(args[0].detach(), mask))
+    def hook(name: str, block: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal last
+            if last is None or last[0] is not args[0]:
+                last = (args[0], real_rows(args[0].detach(), mask))
+            look(name, block, last[1])
 
-    handles = [b.register_forward_pre_hook(hook(n, b)) for n, b in blocks(gm).items()]
+        return see
+
+    found = {n: gm.get_submodule(n) for n in (blocks(gm) if names is None else names)}
+    handles = [b.register_forward_pre_hook(hook(n, b)) for n, b in found.items()]
     try:
         for batch in data:
-            mask = real_tokens(batch)
+            mask, last = real_tokens(batch), None
             with torch.no_grad():
-                outputs = gm(**batch)
+                outputs = call(gm, batch)
             yield batch, outputs
     finally:
         for handle in handles:
@@ -156,7 +259,7 @@ def watch(
 
 def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """``[batch, length, d] -> [rows, d]`` without padding, where the mask fits."""
-    if mask is not None and x.shape[:2] == mask.shape:
+    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
         return x[mask]
     if mask is not None and x.dim() == 2 and len(x) == mask.numel():
         return x[mask.flatten()]
@@ -179,7 +282,7 @@ def expert_norms(block: DynkFFN, h: Tensor) -> Tensor:
     w = block.w_out.detach().view(block.experts, block.expert_size, -1)
     gram = w @ w.transpose(1, 2)
     h = h.unflatten(-1, (block.experts, block.expert_size))
-    squares = (torch.einsum("...ej,ejk->...ek", h, gram) * h).sum(-1)
+    squares = (torch.einsum("...ej,ejk->...ek", h, gram).float() * h).sum(-1)
     return squares.clamp_min(0).sqrt()
 
 
@@ -201,6 +304,23 @@ def replaced(gm: GraphModule, others: dict[str, nn.Module]) -> Iterator[None]:
             gm.set_submodule(name, module)
 
 
+@cache
+def _bfloat16_pays() -> bool:
+    """Whether this machine multiplies bfloat16 much faster, as CPUs with AMX do; measured once."""
+    a = torch.randn(512, 1024)
+    b = a.bfloat16()
+    timed = compare({"wide": lambda: a @ a.T, "narrow": lambda: b @ b.T}, "narrow", seconds=0.05)
+    return timed.speedup["wide"].median > 1.5
+
+
+def mixed_precision() -> torch.autocast:
+    """Train in bfloat16 where that pays; weights, gradients and optimisers stay float32.
+
+    Enter it anew for every step: it keeps the weights that it rounded until it is left.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_pays())
+
+
 @contextmanager
 def trainable(gm: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let these parameters, and no others of the model, learn for a while."""
@@ -220,51 +340,70 @@ class Quality:
     Attributes:
         cosine: Mean cosine between the two outputs.
         overlap: Mean share of the ten nearest neighbours, by cosine, that they have in common;
-            NaN for fewer than 12 rows.
-        flops: FFN FLOPs, routers included, as a share of dense.
+            NaN for fewer than 12 rows, and for language models.
+        flops: FLOPs of what is converted (the FFNs; attention projections where asked for),
+            routers included, as a share of dense.
         experts: Mean experts per row and block.
+        distance: The context's distance: one minus cosine, or nats per token.
     """
 
     cosine: float
     overlap: float
     flops: float
     experts: dict[str, float]
+    distance: float
 
 
 def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Quality:
-    """Compare a model with its teacher."""
-    want = reference_outputs(context, data)
-    got, chosen = outputs_and_experts(gm, context, data)
-    return Quality(
-        float(F.cosine_similarity(got, want, dim=-1).mean()),
-        neighbour_overlap(got, want),
-        ffn_share(chosen, blocks(gm)),
-        chosen,
-    )
-
-
-def reference_outputs(context: Context, data: Sequence[Batch]) -> Tensor:
-    """The teacher's outputs, ``[rows, m]``."""
-    if context.kept is None or context.kept[0] is not data:
-        with torch.no_grad():
-            found = torch.cat([context.output(context.teacher(**b), b) for b in data])
-        context.kept = (data, found)
-    return context.kept[1]
-
-
-def outputs_and_experts(
-    gm: GraphModule, context: Context, data: Sequence[Batch]
-) -> tuple[Tensor, dict[str, float]]:
-    """A model's outputs ``[rows, m]``, and the mean experts per row of each block."""
-    total: dict[str, float] = dict.fromkeys(blocks(gm), 0.0)
-    rows: dict[str, int] = dict.fromkeys(blocks(gm), 0)
+    """Compare a model with its teacher, batch by batch."""
+    names = list(blocks(gm))
+    total, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
 
     def count(name: str, block: DynkFFN, x: Tensor) -> None:
         total[name] += float(select(block.router(x), block.tau).sum())
-        rows[name] += len(x)
+        seen[name] += len(x)
 
-    outputs = [context.output(out, batch) for batch, out in watch(gm, data, count)]
-    return torch.cat(outputs), {name: total[name] / max(rows[name], 1) for name in total}
+    cosine = distance = 0.0
+    rows = 0
+    both: list[tuple[Tensor, Tensor]] = []
+    pairs = zip(watch(gm, data, count), reference_outputs(context, data), strict=True)
+    for (batch, outputs), want in pairs:
+        got = context.output(outputs, batch)
+        cosine += float(F.cosine_similarity(got, want, dim=-1).sum())
+        distance += float(context.distance(got, want)) * len(got)
+        rows += len(got)
+        if context.distance is cosine_distance:
+            both.append((got, want))
+    chosen = {name: total[name] / max(seen[name], 1) for name in names}
+    overlap = float("nan")
+    if both:
+        got, want = (torch.cat(part) for part in zip(*both, strict=True))
+        overlap = neighbour_overlap(got, want)
+    share = ffn_share(chosen, lifted_layers(gm))
+    return Quality(cosine / rows, overlap, share, chosen, distance / rows)
+
+
+def reference_outputs(
+    context: Context, data: Sequence[Batch], limit: int = 2**28
+) -> Iterator[Tensor]:
+    """The teacher's outputs for each batch, ``[rows, m]``.
+
+    They are kept for the next time, unless they take more than ``limit`` bytes.
+    """
+    if context.kept is not None and context.kept[0] is data:
+        yield from context.kept[1]
+        return
+    found: list[Tensor] = []
+    size = 0
+    for batch in data:
+        with torch.no_grad():
+            want = context.output(call(context.teacher, batch), batch)
+        size += want.numel() * want.element_size()
+        if size <= limit:
+            found.append(want)
+        yield want
+    if size <= limit:
+        context.kept = (data, found)
 
 
 def neighbour_overlap(got: Tensor, want: Tensor, k: int = 10) -> float:

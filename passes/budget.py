@@ -14,23 +14,26 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from ..ir.cost import dense_flops
 from ..ir.cost import evaluate as cost
-from .base import Context, Pass, PassResult, capture, evaluate
-from .lift import blocks
+from .base import Context, Pass, PassResult, capture, evaluate, kl_divergence
+from .lift import blocks, lifted_layers
 from .recover import relative, relative_quantile
 
-_TARGET = re.compile(r"\s*(cosine|flops)\s*(>=|<=)\s*(0?\.\d+|1(?:\.0*)?|0)\s*")
+_TARGET = re.compile(r"\s*(cosine|flops|kl)\s*(>=|<=)\s*(0?\.\d+|1(?:\.0*)?|0)\s*")
 
 
 def parse_target(text: str) -> tuple[str, float]:
-    """Read ``cosine >= 0.98`` or ``flops <= 0.6``.
+    """Read ``cosine >= 0.98``, ``flops <= 0.6`` or ``kl <= 0.05``.
 
     Raises:
         ValueError: Any other text.
     """
     match = _TARGET.fullmatch(text)
     if match is None or (match[1] == "cosine") != (match[2] == ">="):
-        raise ValueError(f"budget {text!r} is neither like 'cosine >= 0.98' nor 'flops <= 0.6'")
+        raise ValueError(
+            f"budget {text!r} is neither like 'cosine >= 0.98' nor 'flops <= 0.6' or 'kl <= 0.05'"
+        )
     return match[1], float(match[3])
 
 
@@ -81,7 +84,8 @@ class Budget(Pass):
     """Set tau so that a target holds on held-out data.
 
     Attributes:
-        target: ``flops <= x`` (FFN FLOPs left, routers included), or ``cosine >= x``.
+        target: ``flops <= x`` (of what is converted, routers included), ``cosine >= x``, or
+            ``kl <= x`` of a language model (nats per token).
         tolerance: Of the share, where a search ends.
     """
 
@@ -92,27 +96,39 @@ class Budget(Pass):
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Set the thresholds of ``gm``."""
         kind, wanted = parse_target(self.target)
+        if kind == "kl" and context.distance is not kl_divergence:
+            raise ValueError(f"budget {self.target!r} needs a language model's logits")
         low, high = 0.0, 1.0
         tried: list[dict[str, Any]] = []
-        if kind == "flops":  # aim a little below, since other text will differ a little
-            low = high = max(0.0, wanted - 0.006 - _router_share(gm))
+        margin = 0.003  # other text will differ a little
+        if kind == "flops":
+            low = high = max(0.0, wanted - margin - _router_share(gm))
         while True:
             share = (low + high) / 2
             taus = taus_at(gm, context, [share])[0]
             set_tau(gm, taus)
             quality = evaluate(gm, context, context.held_out)
-            tried.append(dict(share=share, cosine=quality.cosine, flops=quality.flops))
-            context.progress(self.name, len(tried), len(tried) + 1, f"cosine {quality.cosine:.3f}")
+            tried.append(
+                dict(
+                    share=share,
+                    cosine=quality.cosine,
+                    flops=quality.flops,
+                    distance=quality.distance,
+                )
+            )
+            note = f"distance {quality.distance:.3f}"
+            context.progress(self.name, len(tried), len(tried) + 1, note)
+            kept = quality.distance <= wanted if kind == "kl" else quality.cosine >= wanted
             if kind == "flops":
-                # The share before this block's thresholds changed what later blocks see.
-                if quality.flops <= wanted or len(tried) == 4:
+                # A share counts scores of a sample; thresholds change what later blocks see.
+                if 0 <= wanted - quality.flops <= 2 * margin or len(tried) == 5:
                     break
-                low = high = share - (quality.flops - wanted) - 0.005
+                low = high = max(0.0, share + wanted - margin - quality.flops)
             elif high - low <= self.tolerance:
-                if quality.cosine >= wanted or high >= 1:
+                if kept or high >= 1:
                     break
                 low = high = min(1.0, high + self.tolerance)
-            elif quality.cosine >= wanted:
+            elif kept:
                 high = share
             else:
                 low = share
@@ -120,6 +136,5 @@ class Budget(Pass):
 
 
 def _router_share(gm: GraphModule) -> float:
-    found = blocks(gm).values()
-    dense = sum(cost("dense_flops", b) for b in found)
-    return sum(cost("router_flops", b) for b in found) / dense
+    dense = sum(dense_flops(p) for p in lifted_layers(gm).values())
+    return sum(cost("router_flops", b) for b in blocks(gm).values()) / dense

@@ -1,5 +1,9 @@
-"""Keep a block only where it is measured to be faster than the dense network."""
+"""Keep a block only where it is measured to be faster than the dense network.
 
+The dense form of a block that replaced a linear layer is that layer, as it was in the teacher.
+"""
+
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,8 +44,11 @@ class Choose(Pass):
             for rows in self.rows:
                 x = inputs[name]
                 x = x.repeat(-(-rows // len(x)), 1)[:rows].contiguous()
+                dense_form = (
+                    context.teacher.get_submodule(name) if block.linear else block.every_expert
+                )
                 calls = {
-                    "dense": lambda b=block, x=x: b.project(b.hidden(x)),
+                    "dense": lambda f=dense_form, x=x: f(x),
                     "dynk": lambda b=block, x=x: b(x),
                 }
                 timed = compare(calls, "dynk", seconds=0, least=self.repeats).timings
@@ -51,9 +58,11 @@ class Choose(Pass):
                 ratios[rows] = dense / dynk
             block.dense = max(ratios.values()) * self.margin <= 1
             stats[name] = {"speedup": ratios, "kept": not block.dense}
-            context.progress(self.name, len(stats), len(blocks(gm)), name)
+            if block.dense and block.linear:
+                gm.set_submodule(name, copy.deepcopy(context.teacher.get_submodule(name)))
+            context.progress(self.name, len(stats), len(inputs), name)
         curves.store()
-        return PassResult(gm, any(b.dense for b in blocks(gm).values()), stats)
+        return PassResult(gm, not all(s["kept"] for s in stats.values()), stats)
 
 
 def _share(block: DynkFFN, x: Tensor) -> float:

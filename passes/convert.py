@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,27 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..ir.errors import BadWeightsError, CalibrationError
-from .base import Context, Pass, Progress, not_finite, pooled, silent
+from .base import (
+    Context,
+    Loss,
+    Pass,
+    Progress,
+    call,
+    kl_divergence,
+    next_tokens,
+    not_finite,
+    pooled,
+    reads_logits,
+    silent,
+)
 from .budget import Budget, parse_target
 from .choose import Choose
-from .data import Batch
-from .find import Found, find
-from .lift import lift
+from .data import LABELS, Batch
+from .find import Found
+from .finetune import Finetune
+from .lift import blocks, lift, search
 from .pipeline import run, spec
+from .project import Project, too_narrow
 from .recover import Recover
 from .route import Route, Split
 from .sparsify import Relufy, Sparsify
@@ -31,7 +45,7 @@ class Converted:
 
     Attributes:
         model: The converted model; call it like the original.
-        teacher: The original as a graph with blocks at tau = 0.
+        teacher: The original as a graph with blocks that stay dense.
         found: Sites and near misses.
         history: One record per pass.
     """
@@ -42,24 +56,37 @@ class Converted:
     history: list[dict[str, Any]]
 
 
-def recipe(budget: str = "flops <= 0.55", *, thorough: bool = False) -> list[Pass]:
+def recipe(
+    budget: str = "flops <= 0.55",
+    *,
+    thorough: bool = False,
+    task: bool = False,
+    projections: bool = False,
+    relufy: bool = True,
+) -> list[Pass]:
     """The passes of a conversion, in order.
 
     Args:
         budget: A target of :class:`Budget`.
         thorough: Train some six times as long.
+        task: The user gives a loss, which the model is fine-tuned on as it becomes sparse.
+        projections: Convert attention projections too.
+        relufy: Replace GELU and SiLU by ReLU; else they stay, and Sparsify pushes what they are
+            applied to below -10 (the paper's variant for GELU, worse than ReLU there).
     """
     kind, value = parse_target(budget)
     share = value - 0.04 if kind == "flops" else 0.5
     return [
-        Relufy(),
-        Sparsify(tokens=450_000 if thorough else 90_000),
+        *([Project(tokens=450_000 if thorough else 90_000)] if projections else []),
+        *([Relufy()] if relufy else []),
+        Sparsify(tokens=450_000 if thorough else 90_000, clamp=None if relufy else -10.0),
+        *([Finetune(steps=2000 if thorough else 300)] if task else []),
         Split(),
         Route(steps=1500 if thorough else 800),
-        # The quick form is bounded in time too: on a slow machine it does less, not longer.
+        # Bounded in time too: on a slow machine it does less, not longer.
         Recover(
             share=max(0.05, share),
-            steps=1150 if thorough else 190,
+            steps=2600 if thorough else 600,
             seconds=1900 if thorough else 390,
         ),
         Budget(target=budget),
@@ -74,32 +101,50 @@ def convert(
     budget: str = "flops <= 0.55",
     passes: Sequence[Pass] | None = None,
     held_out: Sequence[Batch] | None = None,
-    output: Callable[[Any, Batch], Tensor] = pooled,
+    output: Callable[[Any, Batch], Tensor] | None = None,
+    loss: Loss | None = None,
     expert_size: int = 8,
     router_width: int = 64,
+    projections: bool = False,
     folder: str | Path | None = None,
     progress: Progress = silent,
     seed: int = 0,
 ) -> Converted:
-    """Convert a model without labels.
+    """Convert a model: without labels, or as it is fine-tuned on a task.
+
+    Without ``loss`` the model learns to give its own outputs again. A classifier keeps more of
+    its accuracy if it learns from its task meanwhile, as in D2DMoE, section 3.1::
+
+        data = [dict(input_ids=ids, attention_mask=mask, labels=labels), ...]
+        convert(model, data, loss=lambda out, batch: cross_entropy(out.logits, batch["labels"]))
 
     Args:
         model: Any module that :func:`torch.export.export` takes; it stays as it is.
         data: Batches of keyword arguments, as :func:`skimp.batches` makes them.
-        budget: ``flops <= x`` (FFN FLOPs left) or ``cosine >= x``, held on ``held_out``.
+        budget: ``flops <= x`` (of what is converted), ``cosine >= x`` or, of a language model,
+            ``kl <= x`` (nats per token), held on ``held_out``.
         passes: Instead of the :func:`recipe` of the budget.
         held_out: Batches that thresholds are chosen on; by default every tenth of ``data``.
-        output: From a model's output and the batch to what its user reads, ``[rows, m]``; by
-            default the mean over real tokens of the first output.
+        output: From a model's output and the batch to what its user reads, ``[rows, m]``, compared
+            by cosine. By default, of a model that gives logits per token, the next tokens'
+            distributions, compared by their divergence (no labels); of any other, the mean over
+            real tokens of the first output.
+        loss: From a model's output and the batch to a 0-d tensor to be made small, with a
+            gradient. It adds a pass :class:`Finetune` to the recipe, and itself to what
+            :class:`Recover` learns from. The entry ``labels`` of a batch is for the loss alone:
+            the model is not called with it. Evaluation mode: there is no dropout.
         expert_size: Neurons per expert.
-        router_width: Hidden width of the routers.
+        router_width: Hidden width of the routers; those of projections are sized by them.
+        projections: Convert attention projections too, in the recipe by :class:`Project`.
         folder: Where finished stages are stored. Start again with the same arguments after an
-            interruption, and it goes on from the last of them.
+            interruption, and it goes on from the last of them. Losses are told apart by name
+            only: after changing what one does, choose another folder.
         progress: Told how far a stage has come.
         seed: Of every random choice.
 
     Raises:
-        NothingToConvertError: No feed-forward network was found; says what came near.
+        NothingToConvertError: No feed-forward network was found, or no attention projection
+            where these are asked for; says what came near.
         BadWeightsError: The model holds NaN or infinity.
         CalibrationError: Too little data.
         TraceError: The model cannot be captured as one graph.
@@ -107,13 +152,27 @@ def convert(
     check_weights(model)
     train, held = _divide(data, held_out)
     teacher, found = prepare(
-        model, train[0], expert_size=expert_size, router_width=router_width, seed=seed
+        model,
+        train[0],
+        expert_size=expert_size,
+        router_width=router_width,
+        projections=projections,
+        seed=seed,
     )
-    context = Context(teacher, train, held, output, progress, seed)
-    steps = list(passes) if passes is not None else recipe(budget)
-    identity = fingerprint(teacher, [*train, *held], f"{expert_size},{router_width},{seed}")
+    context = Context(teacher, train, held, output or pooled, progress, seed, loss=loss)
+    if output is None:
+        with torch.no_grad():
+            if reads_logits(call(teacher, train[0])):
+                context.output, context.distance = next_tokens, kl_divergence
+    usual = recipe(budget, task=loss is not None, projections=projections)
+    steps = usual if passes is None else list(passes)
+    options = f"{expert_size},{router_width},{seed}" + (f",{_named(loss)}" if loss else "")
+    identity = fingerprint(teacher, [*train, *held], options)
+    student = copy.deepcopy(teacher)
+    for block in blocks(teacher).values():
+        block.dense = True
     gm, history = run(
-        steps, teacher, context, folder=Path(folder) if folder else None, identity=identity
+        steps, student, context, folder=Path(folder) if folder else None, identity=identity
     )
     gm.meta["skimp.pipeline"] = spec(steps)
     return Converted(gm, teacher, found, history)
@@ -125,17 +184,19 @@ def prepare(
     *,
     expert_size: int = 8,
     router_width: int = 64,
+    projections: bool = False,
     seed: int = 0,
 ) -> tuple[GraphModule, Found]:
-    """Trace a model and lift its networks into blocks that compute the same."""
+    """Trace a model and lift its networks, its projections if asked to: the same function."""
     was_training = model.training
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the routers' first weights
         try:
             lifted = lift(
-                trace(copy.copy(model).eval(), _at_least_two(example)),
+                trace(copy.copy(model).eval(), traceable(example)),
                 expert_size=expert_size,
                 router_width=router_width,
+                projections=projections,
             )
         finally:
             model.train(was_training)
@@ -151,7 +212,10 @@ def explain(model: nn.Module, example: Mapping[str, Any]) -> Found:
         model: Any module, in evaluation mode.
         example: Keyword arguments of one call.
     """
-    return find(trace(model, _at_least_two(example)))
+    found = search(trace(model, traceable(example)))
+    narrow = tuple(miss for s in found.projections if (miss := too_narrow(s)) is not None)
+    wide = tuple(s for s in found.projections if too_narrow(s) is None)
+    return replace(found, projections=wide, projection_misses=(*found.projection_misses, *narrow))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -196,11 +260,16 @@ def _divide(
     return [b for i, b in enumerate(data) if i % every], list(data[::every])
 
 
-def _at_least_two(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Repeat the rows of a batch of one: a dimension of 1 would be taken for a constant."""
+def _named(loss: Loss) -> str:
+    return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss))}"
+
+
+def traceable(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is traced with, at least two rows: one would be taken for a constant."""
+    example = {name: value for name, value in batch.items() if name != LABELS}
     tensors = [v for v in example.values() if isinstance(v, Tensor) and v.dim()]
     if not tensors or any(len(t) != 1 for t in tensors):
-        return dict(example)
+        return example
     return {
         k: v.repeat_interleave(2, 0) if isinstance(v, Tensor) and v.dim() else v
         for k, v in example.items()

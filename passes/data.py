@@ -17,6 +17,9 @@ from ..ir.errors import CalibrationError
 Batch = dict[str, Tensor]
 """Keyword arguments of one forward call; a mask of real tokens is named ``attention_mask``."""
 
+LABELS = "labels"
+"""The entry of a batch that a loss reads and the model is not given."""
+
 
 @functools.cache
 def embedded_text(min_chars: int = 40, max_chars: int = 1000) -> tuple[str, ...]:
@@ -125,5 +128,6 @@ def count_tokens(data: Iterable[Batch]) -> int:
     total = 0
     for batch in data:
         mask = real_tokens(batch)
-        total += int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
+        some = next(v for n, v in batch.items() if n != LABELS)
+        total += int(mask.sum()) if mask is not None else some.numel()
     return total

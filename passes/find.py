@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..ir.op import ACTIVATIONS
-from ..ir.site import FFNSite, Miss
+from ..ir.site import FFNSite, Miss, ProjectionSite
 
 aten = torch.ops.aten
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     aten.relu.default, aten.gelu.default, aten.silu.default, aten.sigmoid.default,
     aten.tanh.default, aten.erf.default, aten.exp.default, aten.neg.default, aten.square.default,
     aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor,
@@ -41,16 +41,32 @@ _TRANSPARENT = {
 _CUTS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 
 
+def is_transparent(node: Node) -> bool:
+    """Whether a node hands on the numbers of its first input as they are."""
+    return node.op == "call_function" and node.target in _TRANSPARENT
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the search came to: the sites in order of execution, and what nearly was one."""
+    """What the search came to: the sites in order of execution, and what nearly was one.
+
+    Attributes:
+        sites: Feed-forward networks.
+        misses: What came near being one.
+        projections: Attention projections, where they were searched for.
+        projection_misses: What came near being one.
+    """
 
     sites: tuple[FFNSite, ...]
     misses: tuple[Miss, ...]
+    projections: tuple[ProjectionSite, ...] = ()
+    projection_misses: tuple[Miss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
+class Linear:
+    """A linear layer of a graph, however it is spelled."""
+
     node: Node
     x: Node
     weight: str
@@ -64,7 +80,7 @@ class _Linear:
 class _Source:
     """An input of ``f``: a linear, or the first or second half of one."""
 
-    linear: _Linear
+    linear: Linear
     half: int | None = None
 
     @property
@@ -87,7 +103,7 @@ def find(gm: GraphModule) -> Found:
     Args:
         gm: A graph of aten ops, as :func:`skimp.passes.trace.trace` makes it.
     """
-    linears = {n: lin for n in gm.graph.nodes if (lin := _as_linear(gm, n)) is not None}
+    linears = {n: lin for n in gm.graph.nodes if (lin := as_linear(gm, n)) is not None}
     sites: list[FFNSite] = []
     misses: list[Miss] = []
     for down in linears.values():
@@ -99,10 +115,10 @@ def find(gm: GraphModule) -> Found:
     return Found(tuple(sites), tuple(misses))
 
 
-def _check(down: _Linear, linears: dict[Node, _Linear]) -> FFNSite | Miss | None:
+def _check(down: Linear, linears: dict[Node, Linear]) -> FFNSite | Miss | None:
     """Decide whether a linear is the last of a feed-forward network; ``None``: nothing like it."""
     between = _walk_back(down, linears)
-    if not between.sources or not any(n.target in _ELEMENTWISE for n in between.nodes):
+    if not between.sources or not any(n.target in ELEMENTWISE for n in between.nodes):
         return None  # not an activation between linears, or two linears in a row
     nodes = tuple(n.name for n in (*between.sources, *between.nodes, down.node))
     if between.stranger is not None:
@@ -140,7 +156,7 @@ def _check(down: _Linear, linears: dict[Node, _Linear]) -> FFNSite | Miss | None
     return _site(down, between, act, gate)
 
 
-def _site(down: _Linear, between: _Between, act: str, gate: Node | None) -> FFNSite:
+def _site(down: Linear, between: _Between, act: str, gate: Node | None) -> FFNSite:
     gate_source = None if gate is None else between.sources[gate]
     up_source = next(s for n, s in between.sources.items() if n is not gate)
     fused = None
@@ -166,7 +182,8 @@ def _site(down: _Linear, between: _Between, act: str, gate: Node | None) -> FFNS
     )
 
 
-def _as_linear(gm: GraphModule, node: Node) -> _Linear | None:
+def as_linear(gm: GraphModule, node: Node) -> Linear | None:
+    """The linear layer that a node computes, or ``None``."""
     if node.op != "call_function":
         return None
     x: Any
@@ -185,7 +202,7 @@ def _as_linear(gm: GraphModule, node: Node) -> _Linear | None:
         return None
     assert isinstance(x, Node)
     d_in, d_out = w.shape if transposed else reversed(w.shape)
-    return _Linear(node, x, weight.target, bias and bias.target, transposed, d_in, d_out)
+    return Linear(node, x, weight.target, bias and bias.target, transposed, d_in, d_out)
 
 
 def _parameter(gm: GraphModule, node: Any) -> Tensor | None:
@@ -195,7 +212,7 @@ def _parameter(gm: GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _walk_back(down: _Linear, linears: dict[Node, _Linear]) -> _Between:
+def _walk_back(down: Linear, linears: dict[Node, Linear]) -> _Between:
     """Collect what lies between a linear's input and the linears that it comes from."""
     between = _Between()
 
@@ -204,7 +221,7 @@ def _walk_back(down: _Linear, linears: dict[Node, _Linear]) -> _Between:
             return
         if (source := _source(node, linears)) is not None:
             between.sources[node] = source
-        elif node.op == "call_function" and node.target in _ELEMENTWISE | _TRANSPARENT:
+        elif node.op == "call_function" and node.target in ELEMENTWISE | _TRANSPARENT:
             inputs = node.all_input_nodes[: 1 if node.target in _TRANSPARENT else None]
             for arg in inputs:
                 visit(arg)
@@ -216,7 +233,7 @@ def _walk_back(down: _Linear, linears: dict[Node, _Linear]) -> _Between:
     return between
 
 
-def _source(node: Node, linears: dict[Node, _Linear]) -> _Source | None:
+def _source(node: Node, linears: dict[Node, Linear]) -> _Source | None:
     node = _through(node)
     if node in linears:
         return _Source(linears[node])
@@ -261,7 +278,7 @@ def _is_scalar(node: Node) -> bool:
     return not isinstance(value, Tensor) or (node.op == "get_attr" and value.numel() == 1)
 
 
-def _feeds(user: Node, down: _Linear, inside: set[Node]) -> bool:
+def _feeds(user: Node, down: Linear, inside: set[Node]) -> bool:
     """Whether a reader outside the site only carries values or sizes on the way through it."""
     if user is down.node:
         return True
@@ -284,7 +301,7 @@ def _common_prefix(a: str, b: str) -> str:
     return ".".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _identify(between: _Between, down: _Linear) -> tuple[str, Node | None] | None:
+def _identify(between: _Between, down: Linear) -> tuple[str, Node | None] | None:
     """Run ``f`` on numbers: which activation it is, and which source is the gate."""
     generator = torch.Generator().manual_seed(0)
     sources = list(between.sources)
@@ -307,7 +324,7 @@ def _identify(between: _Between, down: _Linear) -> tuple[str, Node | None] | Non
     return None
 
 
-def _run(between: _Between, down: _Linear, values: dict[Node, Tensor]) -> Tensor | None:
+def _run(between: _Between, down: Linear, values: dict[Node, Tensor]) -> Tensor | None:
     for node in between.nodes:
         if node.target in _TRANSPARENT:
             values[node] = values[node.args[0]]  # type: ignore[index]
@@ -335,5 +352,7 @@ def table(found: Found) -> Iterator[str]:
     for site in found.sites:
         kind = "gated " if site.gated else ""
         yield f"{site.name}: {kind}{site.act} {site.d} -> {site.d_ff} -> {site.d_out}"
-    for miss in found.misses:
+    for projection in found.projections:
+        yield f"{projection.name}: {projection.role} {projection.d} -> {projection.d_out}"
+    for miss in (*found.misses, *found.projection_misses):
         yield f"not {miss.nodes[-1]}: {miss.reason}"

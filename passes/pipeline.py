@@ -14,7 +14,7 @@ from ..ir import artefact
 from ..ir.cost import write_atomically
 from ..ir.errors import ArtefactError, VerificationError
 from ..ir.text import BlockLine
-from .base import Context, Pass, not_finite
+from .base import Context, Pass, call, not_finite
 from .data import Batch
 from .lift import blocks
 
@@ -82,7 +82,7 @@ def verify(gm: GraphModule, batch: Batch, name: str, before: Sequence[str]) -> N
     try:
         gm.graph.lint()
         with torch.no_grad():
-            gm(**batch)
+            call(gm, batch)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise VerificationError(f"{name}{after} left a graph that does not run: {error}") from error
     if bad := not_finite(gm):

@@ -1,8 +1,10 @@
 """Let the model learn to live with what it skips: self-distillation with routing switched on.
 
-    loss = |states - teacher's|^2 / var   after every norm, and at the output
-         + 1 - cosine of the outputs that the user reads
+    loss = |states - teacher's|^2 / var   after every norm, into every block, and at the output
+         + distance of the outputs that the user reads: 1 - cosine of embeddings, or the
+           divergence KL(teacher | student) of a language model's next tokens
          + |router - expert norms|^2
+     + the user's loss, if there is one
 
 Experts, attention and norms learn from the distillation, routers from the norms of their experts
 as these change. Routers get no gradient through the selection: with a straight-through estimator
@@ -12,6 +14,7 @@ both, the estimator gained nothing that could be measured.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar
@@ -20,17 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..ir.block import DynkFFN
 from .base import (
     Context,
     Pass,
     PassResult,
+    cosine_distance,
     expert_norms,
     first_tensor,
     hoyer,
+    mixed_precision,
     real_rows,
     replaced,
+    task_loss,
     trainable,
 )
 from .data import Batch, real_tokens
@@ -40,9 +47,10 @@ from .lift import blocks
 class _Gated(nn.Module):
     """A block in training: the share of experts that run is set, the threshold follows."""
 
-    def __init__(self, block: DynkFFN) -> None:
+    def __init__(self, block: DynkFFN, alpha: float) -> None:
         super().__init__()
         self.block = block
+        self.alpha = alpha
         self.share = 1.0
         self.mask: Tensor | None = None
         self.router_loss = self.hoyer = torch.tensor(0.0)
@@ -55,11 +63,12 @@ class _Gated(nn.Module):
         tau = relative_quantile(real_rows(ratio, self.mask), self.share)
         with torch.no_grad():
             norms = expert_norms(block, h)
-        error = (real_rows(scores, self.mask) - real_rows(norms, self.mask)).square().mean()
-        self.router_loss = error / real_rows(norms, self.mask).square().mean().clamp_min(1e-12)
-        self.hoyer = hoyer(real_rows(h, self.mask)).mean()
-        run = (ratio >= tau).repeat_interleave(block.expert_size, -1)
-        return block.project(h * run)
+        self.router_loss = relative_error(scores, norms, self.mask, norms.float().square().mean())
+        if self.alpha:
+            self.hoyer = real_rows(hoyer(h)[..., None], self.mask).mean()
+        run = (ratio >= tau)[..., None]
+        h = h.unflatten(-1, (block.experts, block.expert_size))
+        return block.project((h * run).flatten(-2))
 
 
 def relative(scores: Tensor) -> Tensor:
@@ -91,6 +100,8 @@ class Recover(Pass):
         alpha: Weight of the square Hoyer term.
         jitter: The share varies by this factor from step to step, so that tau stays a knob.
         seconds: Stop after this long, the schedule shortened to match.
+        segments: Cut the graph into so many parts and keep, for the backward pass, only what goes
+            from one to the next (gradient checkpointing); 1 keeps everything.
     """
 
     name: ClassVar[str] = "recover"
@@ -101,10 +112,11 @@ class Recover(Pass):
     alpha: float = 0.0
     jitter: float = 0.2
     seconds: float = math.inf
+    segments: int = 1
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Train ``gm``; thresholds are left to the budget."""
-        gated = {name: _Gated(b) for name, b in blocks(gm).items()}
+        gated = {name: _Gated(b, self.alpha) for name, b in blocks(gm).items()}
         routers = [p for g in gated.values() for p in g.block.router.parameters()]
         held = {id(p) for p in routers}
         embeddings = _embedding_weights(gm)
@@ -128,14 +140,15 @@ class Recover(Pass):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     warm = min(1.0, (step + 1) / 20)
                     group["lr"] = peak * warm * (0.525 + 0.475 * math.cos(math.pi * fraction))
-                loss, cosine = self._loss(gm, gated, context, next(stream))
+                with mixed_precision():
+                    loss, distance = self._loss(gm, gated, context, next(stream))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(body, 1.0)
                 optimizer.step()
-                stats = {"steps": step + 1, "loss": loss.item(), "cosine": cosine}
+                stats = {"steps": step + 1, "loss": loss.item(), "distance": distance}
                 done = step + 1 if fraction == step / self.steps else fraction * self.steps
-                context.progress(self.name, done, self.steps, f"cosine {cosine:.3f}")
+                context.progress(self.name, done, self.steps, f"distance {distance:.3f}")
         return PassResult(gm, True, stats)
 
     def _loss(
@@ -146,15 +159,17 @@ class Recover(Pass):
             g.mask = mask
         with torch.no_grad():
             want, want_states = _with_states(context.teacher, list(gated), batch)
-        got, got_states = _with_states(gm, list(gated), batch)
+        got, got_states = _with_states(gm, list(gated), batch, self.segments)
         pairs = [(got_states[n], want_states[n]) for n in got_states]
-        loss = torch.stack([_relative_error(a, b, mask) for a, b in pairs]).mean()
-        loss = loss + _relative_error(first_tensor(got), first_tensor(want), mask)
-        a, b = (F.normalize(context.output(o, batch), dim=-1) for o in (got, want))
-        cosine = (a * b).sum(-1).mean()
-        loss = loss + 2 * (1 - cosine)
+        loss = torch.stack([relative_error(a, b, mask) for a, b in pairs]).mean()
+        if context.distance is cosine_distance:  # of logits, the divergence says it all
+            loss = loss + relative_error(first_tensor(got), first_tensor(want), mask)
+        read, wanted = context.output(got, batch).float(), context.output(want, batch).float()
+        distance = context.distance(read, wanted)
+        if context.loss is not None:
+            loss = loss + task_loss(context, got, batch)
         extra = [g.router_loss + self.alpha * g.hoyer for g in gated.values()]
-        return loss + torch.stack(extra).mean(), cosine.item()
+        return loss + 2 * distance + torch.stack(extra).mean(), distance.item()
 
 
 _NORMS = {
@@ -170,14 +185,56 @@ class _Tap(Interpreter):
         super().__init__(gm)
         self.states: dict[str, Tensor] = {}
 
+    def run_in(self, segments: int, inputs: Sequence[Any]) -> Any:
+        """Run the graph in parts; what is inside a part is computed again for the backward pass."""
+        nodes = list(self.graph.nodes)
+        values = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
+        body = [n for n in nodes if n.op not in ("placeholder", "output")]
+        size = -(-len(body) // segments)
+        for start in range(0, len(body), size):
+            part = body[start : start + size]
+            inside = set(part)
+            reads = dict.fromkeys(a for n in part for a in n.all_input_nodes if a not in inside)
+            gives = [n for n in part if any(u not in inside for u in n.users)]
+
+            def run(
+                *known: Any,
+                part: list[Node] = part,
+                reads: dict[Node, None] = reads,
+                gives: list[Node] = gives,
+            ) -> list[Any]:
+                self.env = dict(zip(reads, known, strict=True))
+                for n in part:
+                    self.env[n] = self.run_node(n)
+                return [self.env[n] for n in gives]
+
+            found = checkpoint(run, *(values[n] for n in reads), use_reentrant=False)
+            values |= dict(zip(gives, found, strict=True))
+        self.env = values
+        return self.run_node(nodes[-1])
+
     def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
+        if n.target is torch.ops.aten.scaled_dot_product_attention.default:
+            result = self._attention(n)
+        else:
+            result = super().run_node(n)
         if n.target in _NORMS:
             self.states[n.name] = result
         return result
 
+    def _attention(self, n: Node) -> Any:
+        """Stay in float32: on CPUs its backward is four times slower in bfloat16."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        wide: list[Any] = [
+            a.float() if isinstance(a, Tensor) and a.dtype is torch.bfloat16 else a for a in args
+        ]
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(*wide, **kwargs)
 
-def _with_states(gm: GraphModule, names: list[str], batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+
+def _with_states(
+    gm: GraphModule, names: list[str], batch: Batch, segments: int = 1
+) -> tuple[Any, dict[str, Tensor]]:
     """Run a model and keep the states that its norms give, and the input of every block."""
     tap = _Tap(gm)
     handles = [
@@ -188,16 +245,28 @@ def _with_states(gm: GraphModule, names: list[str], batch: Batch) -> tuple[Any, 
     ]
     inputs = [batch[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"]
     try:
-        outputs = tap.run(*inputs, enable_io_processing=False)
+        if segments > 1:
+            outputs = tap.run_in(segments, inputs)
+        else:
+            outputs = tap.run(*inputs, enable_io_processing=False)
+        states = dict(tap.states)  # running a segment again would add to them
     finally:
         for handle in handles:
             handle.remove()
-    return gm.graph.process_outputs(outputs), tap.states
+    return gm.graph.process_outputs(outputs), states
 
 
-def _relative_error(got: Tensor, want: Tensor, mask: Tensor | None) -> Tensor:
-    a, b = real_rows(got, mask), real_rows(want, mask)
-    return F.mse_loss(a, b) / b.var().clamp_min(1e-12)
+def relative_error(
+    got: Tensor, want: Tensor, mask: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """Mean squared error over real tokens, divided by the variance of what is wanted, or ``scale``.
+
+    Rows are reduced before padding is dropped: to drop it first, autograd would scatter the
+    gradient of every column.
+    """
+    error = (got.float() - want.float()).square().mean(-1, keepdim=True)
+    scale = want.float().var() if scale is None else scale
+    return real_rows(error, mask).mean() / scale.clamp_min(1e-12)
 
 
 def _embedding_weights(gm: GraphModule) -> set[int]:

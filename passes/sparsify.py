@@ -5,7 +5,9 @@
 
 Each network learns alone to give the dense network's outputs on the dense model's inputs
 (layer-wise self-distillation), so blocks do not wait for each other and nothing is back-propagated
-through attention. Square Hoyer is the sparsity term of D2DMoE, section 3.1.
+through attention. Square Hoyer is the sparsity term of D2DMoE, section 3.1. A GELU or SiLU that
+is kept is never zero, so there the term is taken of clamp(pre-activation, min) - min instead. A
+user's own loss comes next, in :mod:`.finetune`.
 """
 
 import math
@@ -19,8 +21,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from ..ir.block import DynkFFN
-from .base import Context, Pass, PassResult, capture, hoyer, trainable
+from ..ir.block import DynkFFN, Projection
+from .base import Context, Pass, PassResult, capture, hoyer, mixed_precision, trainable
 from .data import Batch, count_tokens
 from .lift import blocks
 
@@ -51,6 +53,9 @@ class Sparsify(Pass):
         chunk: Tokens whose activations are held in memory at once.
         batch: Rows per step.
         seconds: Stop after this long, the schedule shortened to match.
+        clamp: For models that keep GELU or SiLU: the pre-activation (of a gated network, the
+            gate's) under which a neuron counts as silent, -10 in the paper's code. ``None`` takes
+            the term of the hidden activations, for ReLU.
     """
 
     name: ClassVar[str] = "sparsify"
@@ -61,10 +66,15 @@ class Sparsify(Pass):
     chunk: int = 16_000
     batch: int = 512
     seconds: float = math.inf
+    clamp: float | None = None
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
-        """Train the blocks of ``gm``."""
-        students, teachers = blocks(gm), blocks(context.teacher)
+        """Train the blocks of ``gm`` that replaced networks."""
+        return self.distil(gm, context, {n: b for n, b in blocks(gm).items() if not b.linear})
+
+    def distil(self, gm: GraphModule, context: Context, students: dict[str, DynkFFN]) -> PassResult:
+        """Train these blocks of ``gm`` to give what the teacher's modules of their names give."""
+        teachers = {n: context.teacher.get_submodule(n) for n in students}
         trained = {
             n: [p for k, p in b.named_parameters() if not k.startswith("router.")]
             for n, b in students.items()
@@ -84,7 +94,7 @@ class Sparsify(Pass):
                 while held < min(self.chunk, self.tokens - done):
                     chunk.append(next(stream))
                     held += count_tokens(chunk[-1:])
-                inputs = capture(context.teacher, chunk)
+                inputs = capture(context.teacher, chunk, names=list(students))
                 for name, block in students.items():
                     stats[name] = self._fit(
                         block, teachers[name], inputs[name], optimizers[name], fraction, generator
@@ -100,14 +110,15 @@ class Sparsify(Pass):
     def _fit(
         self,
         block: DynkFFN,
-        teacher: DynkFFN,
+        teacher: Any,
         x: Tensor,
         optimizer: torch.optim.Optimizer,
         fraction: float,
         generator: torch.Generator,
     ) -> dict[str, float]:
         with torch.no_grad():
-            want = torch.cat([teacher.project(teacher.hidden(part)) for part in x.split(4096)])
+            dense = teacher if isinstance(teacher, Projection) else teacher.every_expert
+            want = torch.cat([dense(part) for part in x.split(4096)])
             variance = want.var().clamp_min(1e-12)
         warm = min(1.0, (fraction + 0.02) * 10)
         for group in optimizer.param_groups:
@@ -117,10 +128,14 @@ class Sparsify(Pass):
         for _ in range(self.epochs):
             order = torch.randperm(len(x), generator=generator)
             for rows in order.split(self.batch):
-                h = block.hidden(x[rows])
-                error = F.mse_loss(block.project(h), want[rows]) / variance
+                with mixed_precision():
+                    pre = block.pre_activation(x[rows])
+                    h = block.fire(pre, x[rows])
+                    active = h if self.clamp is None else pre.clamp_min(self.clamp) - self.clamp
+                    error = F.mse_loss(block.project(h).float(), want[rows]) / variance
+                    loss = error + alpha * hoyer(active.float()).mean()
                 optimizer.zero_grad(set_to_none=True)
-                (error + alpha * hoyer(h).mean()).backward()
+                loss.backward()
                 optimizer.step()
-                zeros = (h.detach() == 0).float().mean()
+                zeros = (active.detach() == 0).float().mean()
         return {"error": error.item(), "zeros": zeros.item()}

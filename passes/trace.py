@@ -1,6 +1,7 @@
 """Capture a model as one graph, in the form that every pass works on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
     """Export a model to a graph of aten ops that computes the same, for any batch and length.
 
     The result takes the same keyword arguments, returns the same type, and owns parameters under
-    the same names. Its first two dimensions are free wherever the model allows it.
+    the same names. Its first two dimensions are free wherever the model allows it. A decoder is
+    captured without its key-value cache (``config.use_cache``), unless the example asks for one.
 
     Args:
         model: Any module, in evaluation mode.
@@ -32,7 +34,7 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
         for name, value in example.items()
     }
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_cache(model):
             program = torch.export.export(model, (), dict(example), dynamic_shapes=free)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -45,3 +47,17 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     return module
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    # encoders and decoders may have configurations of their own
+    found = [getattr(m, "config", None) for m in model.modules()]
+    cached = [c for c in {id(c): c for c in found}.values() if getattr(c, "use_cache", False)]
+    for config in cached:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True  # type: ignore[union-attr]

@@ -1,9 +1,9 @@
 """The main job on the embedded encoder: convert it, compile it, show what that bought."""
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ir.block import DynkFFN
-from ..ir.cost import evaluate as cost
-from ..ir.cost import ffn_share
+from ..ir.cost import dense_flops, ffn_share
 from ..ir.measure import agree, compare
 from ..ir.op import select
 from ..ir.text import BlockLine
@@ -22,8 +21,10 @@ from ..passes.base import Context, Progress, evaluate, first_tensor, silent, wat
 from ..passes.budget import set_tau, taus_at
 from ..passes.convert import Converted, convert, recipe
 from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
-from ..passes.lift import blocks
-from .models import DEFAULT, load_pretrained
+from ..passes.lift import blocks, lifted_layers
+from .breakdown import breakdown
+from .models import DEFAULT, Loaded, load_pretrained
+from .ort import missing, onnx_session
 
 SHAPES = ((1, 16), (1, 64), (8, 64), (32, 64))
 
@@ -53,33 +54,29 @@ def demo(
         Everything that the report shows, JSON-serialisable.
     """
     from .. import __version__
-    from .store import save
 
     start = time.monotonic()
     loaded = load_pretrained(model)
     text = embedded_text()[:passages]
     train, test = hold_out(text, min(800, len(text) // 4))
-    train, chosen = hold_out(train, min(400, len(train) // 4))
-    data = batches(loaded.tokenizer, train)
-    held = batches(loaded.tokenizer, chosen, batch_tokens=8192)
     tests = batches(loaded.tokenizer, test, batch_tokens=8192)
-    converted = convert(
-        loaded.model,
-        data,
-        held_out=held,
+    converted, context = convert_text_model(
+        loaded,
+        train,
+        folder / "model",
+        stages=folder / ("thorough" if thorough else "stages"),
         budget=budget,
-        passes=recipe(budget, thorough=thorough),
-        folder=folder / ("thorough" if thorough else "stages"),
+        thorough=thorough,
         progress=progress,
     )
-    save(converted.model, folder / "model", data[0])
-    context = Context(converted.teacher, data, held)
     quality = evaluate(converted.model, context, tests)
-    progress("measure", 1, 3, "quality against cost")
+    progress("measure", 1, 4, "quality against cost")
     curve = quality_curve(converted.model, context, tests)
-    progress("measure", 2, 3, "latency")
+    progress("measure", 2, 4, "latency")
     latency = time_encoder(loaded.model, converted.model, loaded.tokenizer, test, shapes)
-    progress("measure", 3, 3)
+    progress("measure", 3, 4, "what is left")
+    profile = profile_encoder(converted.model, loaded.tokenizer, test, shapes)
+    progress("measure", 4, 4)
     return {
         "skimp": __version__,
         "torch": torch.__version__,
@@ -88,7 +85,7 @@ def demo(
         "budget": budget,
         "thorough": thorough,
         "text": {
-            "train_tokens": count_tokens(data),
+            "train_tokens": count_tokens(context.train),
             "test_passages": len(test),
             "test_tokens": count_tokens(tests),
         },
@@ -97,10 +94,57 @@ def demo(
         "curve": curve,
         "layers": layers(converted.model, tests),
         "latency": latency,
+        "onnx_missing": missing(),
+        "profile": profile,
         "blocks": [str(BlockLine.of(n, b)) for n, b in blocks(converted.model).items()],
         "history": converted.history,
         "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def convert_text_model(
+    loaded: Loaded,
+    text: Sequence[str],
+    out: Path,
+    *,
+    stages: Path,
+    budget: str,
+    thorough: bool = False,
+    projections: bool = False,
+    progress: Progress = silent,
+) -> tuple[Converted, Context]:
+    """Convert a model on passages, some of which choose the thresholds, and save it.
+
+    Args:
+        loaded: The model and its tokenizer.
+        text: Passages.
+        out: Folder for the converted model.
+        stages: Folder for finished stages.
+        budget: See :func:`convert`.
+        thorough: Train some six times as long.
+        projections: See :func:`convert`.
+        progress: Told how far a stage has come.
+
+    Returns:
+        The conversion, and what it worked with.
+    """
+    from .store import save
+
+    train, chosen = hold_out(text, min(400, max(1, len(text) // 8)))
+    data = batches(loaded.tokenizer, train)
+    held = batches(loaded.tokenizer, chosen, batch_tokens=8192)
+    converted = convert(
+        loaded.model,
+        data,
+        held_out=held,
+        budget=budget,
+        passes=recipe(budget, thorough=thorough, projections=projections),
+        projections=projections,
+        folder=stages,
+        progress=progress,
+    )
+    save(converted.model, out, data[0])
+    return converted, Context(converted.teacher, data, held)
 
 
 def quality_curve(
@@ -125,12 +169,11 @@ def whole_model_flops(
 ) -> dict[str, float]:
     """FLOPs of the whole model per real token, dense and converted, routers included."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        dense_copy = _all_dense(converted.teacher)
-        dense_copy(**batch)
+        converted.teacher(**batch)
     tokens = batch["input_ids"].numel()
     dense = counter.get_total_flops() / tokens
-    found = blocks(converted.model)
-    ffn = sum(cost("dense_flops", b) for b in found.values())
+    found = lifted_layers(converted.model)
+    ffn = sum(dense_flops(p) for p in found.values())
     share = ffn_share(experts, found)
     return {
         "dense": dense,
@@ -139,13 +182,6 @@ def whole_model_flops(
         "ffn_share": share,
         "whole_share": 1 - ffn * (1 - share) / dense,
     }
-
-
-def _all_dense(gm: GraphModule) -> GraphModule:
-    result = copy.deepcopy(gm)
-    for block in blocks(result).values():
-        block.dense = True
-    return result
 
 
 def layers(gm: GraphModule, data: Sequence[Batch]) -> list[dict[str, Any]]:
@@ -186,10 +222,15 @@ def time_encoder(
     *,
     seconds: float = 3.0,
 ) -> list[dict[str, Any]]:
-    """Time the converted model against the dense one, eager and compiled, at each shape."""
+    """Time the converted model against the dense one, at each shape.
+
+    The rivals are eager, ``torch.compile``, and ONNX Runtime if it is installed. It has a
+    comparison of its own: its threads spin after a call, which needs rests (see ``compare``).
+    """
     torch._dynamo.reset()
     baseline = torch.compile(dense, dynamic=True)
     fast = torch.compile(converted, backend="skimp", dynamic=True)
+    session = None if missing() else onnx_session(dense, exactly(tokenizer, text, 2, 16))
     rows = []
     for batch, length in shapes:
         inputs = exactly(tokenizer, text, batch, length)
@@ -200,8 +241,38 @@ def time_encoder(
         }
         with torch.no_grad():
             agree(first_tensor(fast(**inputs)), first_tensor(converted(**inputs)), "compiled", 1e-3)
-        result = compare(calls, "skimp", seconds=seconds)
-        rows.append({"batch": batch, "length": length, **result.as_dict()})
+        row: dict[str, Any] = {"batch": batch, "length": length}
+        row |= compare(calls, "skimp", seconds=seconds).as_dict()
+        if session is not None:
+            with torch.no_grad():
+                want = first_tensor(dense(**inputs))
+                agree(torch.from_numpy(session(inputs)[0]), want, "ONNX Runtime", 1e-3)
+            name = "ONNX Runtime"
+            pair = {name: lambda inputs=inputs: session(inputs), "skimp": calls["skimp"]}
+            found = compare(pair, "skimp", seconds=seconds / 2, least=3, rest=0.2, warm=3).as_dict()
+            row["timings"][name] = found["timings"][name]
+            row["speedup"][name] = found["speedup"][name]
+        rows.append(row)
+    return rows
+
+
+def profile_encoder(
+    converted: GraphModule,
+    tokenizer: Any,
+    text: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+) -> list[dict[str, Any]]:
+    """Where the compiled model's time goes, at the smallest and the largest shape."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"cpp.enable_kernel_profile": True}
+    fast = torch.compile(converted, backend="skimp", dynamic=True, options=options)
+    rows = []
+    for batch, length in dict.fromkeys((shapes[0], shapes[-1])):
+        inputs = exactly(tokenizer, text, batch, length)
+        with torch.no_grad():
+            fast(**inputs)
+        kinds = breakdown(partial(fast, **inputs))
+        rows.append({"batch": batch, "length": length, "seconds": kinds})
     return rows
 
 

@@ -45,7 +45,7 @@ def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
         (f"{q['cosine']:.3f}", "cosine to the dense embedding, held-out text"),
         (f"{q['overlap']:.2f}", "overlap of the ten nearest neighbours"),
     ]
-    for name in ("eager", "torch.compile"):
+    for name in ("eager", "torch.compile", "ONNX Runtime"):
         gains = [r["speedup"][name]["median"] for r in result["latency"] if name in r["speedup"]]
         if gains:
             rows.append((f"{min(gains):.2f}-{max(gains):.2f}x", f"the speed of {name}"))
@@ -61,7 +61,8 @@ def render(result: dict[str, Any]) -> str:
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
         f"<h1>{title}</h1><p>{_how(result)}</p><div class=big>{big}</div>",
         _curve(result["curve"], result["quality"]),
-        _latency(result["latency"]),
+        _latency(result["latency"], result["onnx_missing"]),
+        _profile(result["profile"]),
         _layers(result["layers"]),
         _histograms(result["layers"]),
         _history(result["history"]),
@@ -98,7 +99,7 @@ def _curve(curve: Sequence[dict[str, float]], quality: dict[str, Any]) -> str:
     return "<h2>Quality against cost</h2>" + _svg(figure) + _table(head, rows)
 
 
-def _latency(latency: Sequence[dict[str, Any]]) -> str:
+def _latency(latency: Sequence[dict[str, Any]], missing: Sequence[str]) -> str:
     names = list(latency[0]["timings"])
     figure, axes = _figure(6.4, 3.4)
     width = 0.8 / len(names)
@@ -127,8 +128,47 @@ def _latency(latency: Sequence[dict[str, Any]]) -> str:
         for r in latency
     ]
     head = ["batch x length", *[f"{n}, ms" for n in names], *[f"speed against {n}" for n in others]]
-    note = "<p>Interleaved runs; medians, quartiles in brackets and as whiskers.</p>"
+    note = "<p>Interleaved runs; medians, quartiles in brackets and as whiskers. "
+    if missing:
+        note += f"ONNX Runtime was not timed: install {html.escape(', '.join(missing))}."
+    else:
+        note += (
+            "ONNX Runtime is timed against skimp apart, 0.2 s between turns, since its threads "
+            "spin on after a call."
+        )
+    note += "</p>"
     return "<h2>Latency</h2>" + _svg(figure) + note + _table(head, rows)
+
+
+def _profile(profile: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure(6.4, 0.9 + 0.5 * len(profile))
+    names = [f"{r['batch']} x {r['length']}" for r in profile]
+    left = [0.0] * len(profile)
+    for kind in profile[0]["seconds"]:
+        share = [100 * r["seconds"][kind] / sum(r["seconds"].values()) for r in profile]
+        axes.barh(names, share, left=left, height=0.6, label=kind)
+        left = [a + b for a, b in zip(left, share, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a call, %")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    rows = [
+        [
+            kind,
+            *(
+                f"{1000 * r['seconds'][kind]:.2f} "
+                f"({r['seconds'][kind] / sum(r['seconds'].values()):.0%})"
+                for r in profile
+            ),
+        ]
+        for kind in profile[0]["seconds"]
+    ]
+    head = ["kind of work", *(f"{n}, ms" for n in names)]
+    note = (
+        "<p>The converted, compiled model under torch.profiler. Routers count as linear layers, "
+        "unless a kernel has taken them in; between kernels are Python, guards, allocation and "
+        "the profiler itself.</p>"
+    )
+    return "<h2>What is left</h2>" + _svg(figure) + note + _table(head, rows)
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Save a converted model, and load it into its architecture."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,7 @@ def save(model: GraphModule, folder: str | Path, example: Mapping[str, Any]) -> 
     Raises:
         ArtefactError: The folder cannot be written.
     """
-    inputs = {
-        name: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
-        if isinstance(v, Tensor)
-        else {"value": v}
-        for name, v in example.items()
-    }
-    record = {"inputs": inputs, "pipeline": model.meta.get("skimp.pipeline", "")}
+    record = {"inputs": spec_of(example), "pipeline": model.meta.get("skimp.pipeline", "")}
     artefact.write(Path(folder), model, record)
 
 
@@ -46,17 +41,42 @@ def load(folder: str | Path, model: nn.Module) -> GraphModule:
     Raises:
         ArtefactError: A damaged or foreign file, or another architecture.
     """
-    record = artefact.read_index(Path(folder))["record"]
-    example = {name: _example(spec) for name, spec in record.get("inputs", {}).items()}
-    gm, _ = prepare(model.eval(), example)
+    index = artefact.read_index(Path(folder))
+    record = index["record"]
+    projections = bool(index.get("linears")) or any(
+        b.get("linear") for b in index["blocks"].values()
+    )
+    gm, _ = prepare(model.eval(), example_of(record.get("inputs", {})), projections=projections)
     artefact.read_into(Path(folder), gm)
     gm.meta["skimp.pipeline"] = record.get("pipeline", "")
     return gm
 
 
-def _example(spec: dict[str, Any]) -> Any:
+def spec_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes and dtypes of the keyword arguments of a call, for JSON."""
+    return {
+        name: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
+        if isinstance(v, Tensor)
+        else {"value": v}
+        for name, v in example.items()
+    }
+
+
+def example_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a call from what :func:`spec_of` kept of one.
+
+    Masks are ones; other integers alternate between 0 and 1, which any vocabulary has.
+    """
+    return {name: _example(name, spec) for name, spec in inputs.items()}
+
+
+def _example(name: str, spec: dict[str, Any]) -> Any:
     if "value" in spec:
         return spec["value"]
     dtype = getattr(torch, str(spec["dtype"]))
     shape = [int(n) for n in spec["shape"]]
-    return torch.ones(shape, dtype=dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    if "mask" in name:
+        return torch.ones(shape, dtype=dtype)
+    return (torch.arange(math.prod(shape)) // 2 % 2).view(shape).to(dtype)

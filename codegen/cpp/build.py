@@ -61,7 +61,7 @@ def build(source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     folder = cache_dir() / "kernels"
     path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not _intact(path):
-        _compile(source, path, [*command, *_FLAGS, *flags])
+        _compile(source, path, [*command, *_FLAGS], flags)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -77,7 +77,7 @@ def _intact(path: Path) -> bool:
     return len(data) > 32 and hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
-def _compile(source: str, path: Path, command: list[str]) -> None:
+def _compile(source: str, path: Path, command: list[str], flags: tuple[str, ...]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -85,7 +85,13 @@ def _compile(source: str, path: Path, command: list[str]) -> None:
             text, library = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
             text.write_text(source)
             got = subprocess.run(
-                [*command, str(text), "-o", str(library)],
+                [
+                    *command,
+                    str(text),
+                    "-o",
+                    str(library),
+                    *flags,
+                ],  # libraries come after what needs them
                 capture_output=True,
                 text=True,
                 check=False,

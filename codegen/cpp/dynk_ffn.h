@@ -295,15 +295,16 @@ static int few_rows(const Args& a, int threads) {
   return failed;
 }
 
-// Returns 0, or 1 when memory ran out.
+// Up to `few` rows, and never more than FEW, take the form for few rows. Returns 0, or 1 when
+// memory ran out.
 extern "C" int dynk_ffn(const void* x, const void* scores, float tau, const void* w_in,
                         const void* b_in, const void* w_gate, const void* b_gate,
-                        const void* w_out, const void* b_out, void* y, int64_t rows,
+                        const void* w_out, const void* b_out, void* y, int64_t rows, int64_t few,
                         int32_t threads) {
   const Args a{(const stored*)x,      (const stored*)scores, (const stored*)w_in,
                (const stored*)b_in,   (const stored*)w_gate, (const stored*)b_gate,
                (const stored*)w_out,  (const stored*)b_out,  (stored*)y,
                (long)rows,            tau};
   if (rows == 0) return 0;
-  return rows <= FEW ? few_rows(a, threads) : many_rows(a, threads);
+  return rows <= std::min((long)few, FEW) ? few_rows(a, threads) : many_rows(a, threads);
 }

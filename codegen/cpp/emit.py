@@ -5,7 +5,8 @@ from pathlib import Path
 from .spec import LANES, KernelSpec, LinearSpec
 
 _HERE = Path(__file__).parent
-_ACTS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+ACTS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+"""In the order of their numbers in C++."""
 
 
 def emit(spec: KernelSpec | LinearSpec) -> str:
@@ -21,7 +22,7 @@ def head(spec: KernelSpec | LinearSpec) -> str:
         constants |= {
             "D_FF": spec.d_ff,
             "E": spec.expert_size,
-            "ACT": _ACTS.index(spec.act),
+            "ACT": ACTS.index(spec.act),
             "GATED": spec.gated,
             "B_IN": spec.b_in,
             "B_GATE": spec.b_gate,

@@ -3,26 +3,33 @@
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...ir.cost import Curves
 from ...ir.errors import CompileError
+from ...ir.measure import compare
 from ...ir.op import reference, use_cpu_kernel
 from ..spec import Weights, constants_of, shapes_fit
+from . import library
 from .build import build
-from .emit import emit
+from .emit import ACTS, emit
 from .spec import KernelSpec, LinearSpec, detect_isa
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-FEW_ROWS = 64
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MOST_FEW = 64
+"""Rows up to which the forms for few rows are written."""
+
 ARGUMENTS: list[Any] = [
-    *[ctypes.c_void_p] * 2, ctypes.c_float, *[ctypes.c_void_p] * 7, ctypes.c_int64, ctypes.c_int32,
+    *[ctypes.c_void_p] * 2, ctypes.c_float, *[ctypes.c_void_p] * 7,
+    *[ctypes.c_int64] * 2, ctypes.c_int32,
 ]  # fmt: skip
-"""Of the compiled function: x, scores, tau, the weights, y, rows, threads."""
+"""Of the compiled function: x, scores, tau, the weights, y, rows, few, threads."""
 
 LINEAR_ARGUMENTS: list[Any] = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32]
 """The same of a linear layer: x, w, b, y, rows, threads."""
@@ -41,20 +48,128 @@ def fallbacks() -> dict[str, int]:
 
 
 @functools.cache
-def kernel(spec: KernelSpec) -> Callable[..., int]:
+def kernel(spec: KernelSpec | LinearSpec) -> Callable[..., int]:
     """The compiled function of a spec.
 
     Raises:
         CompileError: See :func:`skimp.codegen.cpp.build.build`.
     """
-    return _function(spec, "dynk_ffn", ARGUMENTS)
-
-
-def _function(spec: KernelSpec | LinearSpec, name: str, arguments: list[Any]) -> Callable[..., int]:
-    function = getattr(build(emit(spec), spec.name, spec.flags), name)
-    function.argtypes = arguments
+    block = isinstance(spec, KernelSpec)
+    function = getattr(build(emit(spec), spec.name, spec.flags), "dynk_ffn" if block else "linear")
+    function.argtypes = ARGUMENTS if block else LINEAR_ARGUMENTS
     function.restype = ctypes.c_int
     return cast(Callable[..., int], function)
+
+
+@functools.cache
+def ops() -> Any:
+    """The namespace ``skimp_cpu``, compiled on first use.
+
+    Raises:
+        CompileError: See :func:`skimp.codegen.cpp.library.load`.
+    """
+    library.load(_resolve)
+    return torch.ops.skimp_cpu
+
+
+def _resolve(kind: str, fields: tuple[int, ...]) -> tuple[int, int]:
+    """Build the kernel that C++ asks for; no exception may cross its frames."""
+    try:
+        spec = _spec(kind, fields)
+        run = kernel(spec)
+        return ctypes.cast(run, ctypes.c_void_p).value or 0, few_rows(spec)  # type: ignore[arg-type]
+    except CompileError as error:
+        _warn(str(error), f"skimp_cpu::{kind}")
+        return 0, 0
+
+
+def _spec(kind: str, fields: tuple[int, ...]) -> KernelSpec | LinearSpec:
+    """The inverse of how library.cpp words a key."""
+    if kind == "linear":
+        d, d_out, bias, narrow = fields[:4]
+        return LinearSpec(d, d_out, bool(bias), _NAMES[narrow], detect_isa())
+    act, gated, b_in, b_gate, b_out, expert_size, d, d_ff, last = fields
+    return KernelSpec(
+        act=ACTS[act], gated=bool(gated), b_in=bool(b_in), b_gate=bool(b_gate), b_out=bool(b_out),
+        expert_size=expert_size, d=d, d_ff=d_ff, d_out=last // 2, dtype=_NAMES[last % 2],
+        isa=detect_isa(),
+    )  # fmt: skip
+
+
+_NAMES = ("float32", "bfloat16")
+
+
+@functools.cache
+def few_rows(spec: KernelSpec | LinearSpec) -> int:
+    """Rows up to which the form for few rows is the fastest, measured once per machine.
+
+    The alternative of a block is its form for many rows, with half of the experts active; that of
+    a linear layer is PyTorch's.
+    """
+    curves = Curves.load()
+    few = 0
+    for rows in (1, 4, 8, 16, 32, MOST_FEW):
+        names = [f"{spec.name}-rows={rows}-{form}" for form in ("few", "other")]
+        if any(n not in curves.seconds for n in names):
+            calls = dict(zip(names, _forms(spec, rows), strict=True))
+            timed = compare(calls, names[0], seconds=0.02, least=15, most=100).timings
+            curves.seconds |= {n: timed[n].low for n in names}  # whatever else is running
+            curves.store()
+        if curves.seconds[names[0]] <= curves.seconds[names[1]]:
+            few = rows
+    return few
+
+
+def _forms(
+    spec: KernelSpec | LinearSpec, rows: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Calls of the form for few rows and of its alternative, on arguments made up.
+
+    Each call has other weights than the last, since in a model they are not in the nearest cache.
+    """
+    run, threads = kernel(spec), torch.get_num_threads()
+    dtype = getattr(torch, spec.dtype)
+    x, y = torch.randn(rows, spec.d).to(dtype), torch.empty(rows, spec.d_out, dtype=dtype)
+    zeros = torch.zeros(max(spec.d_ff, spec.d_out), dtype=dtype)
+
+    def filled(n: int, m: int) -> Tensor:
+        return (torch.randn(n, m) / m**0.5).to(dtype)  # type: ignore[no-any-return]
+
+    if isinstance(spec, LinearSpec):
+        b = zeros[: spec.d_out] if spec.bias else None
+        layers = cycle(_copies(lambda: (filled(spec.d_out, spec.d), b)))
+        return (
+            lambda: run(*_pointers([x, *next(layers), y]), rows, threads),
+            lambda: F.linear(x, *next(layers)),  # type: ignore[arg-type]
+        )
+    scores = (torch.rand(rows, spec.d_ff // spec.expert_size) < 0.5).to(dtype)
+    blocks = cycle(
+        _copies(
+            lambda: (
+                filled(spec.d_ff, spec.d), zeros if spec.b_in else None,
+                filled(spec.d_ff, spec.d) if spec.gated else None, zeros if spec.b_gate else None,
+                filled(spec.d_ff, spec.d_out), zeros if spec.b_out else None,
+            )
+        )
+    )  # fmt: skip
+
+    def form(few: int) -> Callable[[], object]:
+        return lambda: run(
+            *_pointers([x, scores]), 0.5, *_pointers([*next(blocks), y]), rows, few, threads
+        )
+
+    return form(MOST_FEW), form(0)
+
+
+def _copies(make: Callable[[], Weights]) -> list[Weights]:
+    """Weights enough to fill a second-level cache."""
+    first = make()
+    size = sum(t.nbytes for t in first if t is not None)
+    return [first, *(make() for _ in range(min(100, 2**23 // size)))]
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [t if t is None else t.data_ptr() for t in tensors]
 
 
 def dynk_ffn_cpu(
@@ -76,120 +191,54 @@ def dynk_ffn_cpu(
     are left out of the second product. Other dtypes, and machines without a compiler, run the
     reference, with a warning the first time.
     """
-    shape, others = x.shape, scores.shape
-    key = (
-        act, expert_size, x.dtype, shape[-1], others[-1], w_in.shape, w_out.shape,
-        scores.dtype, scores.is_cpu, w_in.dtype, w_in.is_cpu, w_out.dtype, w_out.is_cpu,
-        None if b_in is None else (b_in.dtype, b_in.shape),
-        None if w_gate is None else (w_gate.dtype, w_gate.shape),
-        None if b_gate is None else (b_gate.dtype, b_gate.shape),
-        None if b_out is None else (b_out.dtype, b_out.shape),
-        shape[:-1] == others[:-1],
-    )  # fmt: skip
-    run = _prepared.get(key)
-    if run is None:
-        weights = (w_in, b_in, w_gate, b_gate, w_out, b_out)
-        run = _prepared[key] = _prepare(x, scores, weights, expert_size, act)
-    if isinstance(run, str):
-        return _plain(
-            run, x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act
-        )
-    x, scores = x.contiguous(), scores.contiguous()  # names keep copies alive during the call
-    w_in, w_out = w_in.contiguous(), w_out.contiguous()
-    b_in = None if b_in is None else b_in.contiguous()
-    w_gate = None if w_gate is None else w_gate.contiguous()
-    b_gate = None if b_gate is None else b_gate.contiguous()
-    b_out = None if b_out is None else b_out.contiguous()
-    y = x.new_empty((*shape[:-1], w_out.shape[1]))
-    rows = x.numel() // shape[-1]
-    if run(
-        x.data_ptr(),
-        scores.data_ptr(),
-        float(tau),
-        w_in.data_ptr(),
-        None if b_in is None else b_in.data_ptr(),
-        None if w_gate is None else w_gate.data_ptr(),
-        None if b_gate is None else b_gate.data_ptr(),
-        w_out.data_ptr(),
-        None if b_out is None else b_out.data_ptr(),
-        y.data_ptr(),
-        rows,
-        torch.get_num_threads(),
-    ):
-        raise MemoryError(f"no memory for the scratch of {rows} rows of skimp::dynk_ffn")
-    return y
+    args = (x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size, act)
+    if reason := unserved(*args):
+        _warn(reason)
+        return reference(*args).contiguous()
+    return ops().dynk_ffn(*args)  # type: ignore[no-any-return]
 
 
-_prepared: dict[tuple[Any, ...], Callable[..., int] | str] = {}
-
-
-def _prepare(
-    x: Tensor, scores: Tensor, weights: Weights, expert_size: int, act: str
-) -> Callable[..., int] | str:
-    """The kernel for such arguments, or why there is none. Kernels trust what is checked here."""
+def unserved(
+    x: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    expert_size: int,
+    act: str,
+) -> str:
+    """Why no kernel serves such arguments, real or fake; empty if one does."""
+    weights = (w_in, b_in, w_gate, b_gate, w_out, b_out)
     tensors = [t for t in (x, scores, *weights) if t is not None]
-    if x.dtype not in _DTYPES or any(t.dtype is not x.dtype for t in tensors):
+    if x.dtype not in DTYPES or any(t.dtype is not x.dtype for t in tensors):
         return f"dtype {', '.join(sorted({str(t.dtype) for t in tensors}))}"
-    if not all(t.is_cpu for t in tensors):
+    if any(t.device.type != "cpu" for t in tensors):
         return "weights that are not on the CPU"
     if not shapes_fit(x, scores, weights, expert_size):
         return "shapes that do not fit one another, or are empty"
-    constants = constants_of(weights, expert_size, act, _DTYPES[x.dtype])
-    spec = KernelSpec(**constants, isa=detect_isa())
-    try:
-        return kernel(spec)
-    except CompileError as error:
-        return str(error)
+    return _failure(weights, expert_size, act, DTYPES[x.dtype])
+
+
+def _failure(weights: Weights, expert_size: int, act: str, dtype: str) -> str:
+    spec = KernelSpec(**constants_of(weights, expert_size, act, dtype), isa=detect_isa())
+    return _failed(spec)
 
 
 @functools.cache
-def _linear_kernel(spec: LinearSpec) -> Callable[..., int] | str:
-    """The compiled function of a spec, or why there is none."""
+def _failed(spec: KernelSpec) -> str:
     try:
-        return _function(spec, "linear", LINEAR_ARGUMENTS)
+        kernel(spec)
+        ops()
     except CompileError as error:
         return str(error)
-
-
-def linear_cpu(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """A dense linear layer, ``w`` as in :func:`torch.nn.functional.linear`, fast for few rows.
-
-    More than 64 rows, other dtypes and machines without a compiler go to PyTorch.
-    """
-    rows = x.numel() // max(1, x.shape[-1])
-    same = all(t is None or (t.dtype is x.dtype and t.is_cpu) for t in (x, w, b))
-    fits = x.shape[-1] == w.shape[-1] and w.dim() == 2 and (b is None or b.shape == w.shape[:1])
-    if rows > FEW_ROWS or x.dtype not in _DTYPES or not (same and fits) or 0 in w.shape:
-        return F.linear(x, w, b)
-    run = _linear_kernel(
-        LinearSpec(w.shape[1], w.shape[0], b is not None, _DTYPES[x.dtype], detect_isa())
-    )
-    if isinstance(run, str):
-        _warn(run, "skimp::linear")
-        return F.linear(x, w, b)
-    x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
-    y = x.new_empty((*x.shape[:-1], w.shape[0]))
-    bias = None if b is None else b.data_ptr()
-    if run(x.data_ptr(), w.data_ptr(), bias, y.data_ptr(), rows, torch.get_num_threads()):
-        raise MemoryError(f"no memory for the scratch of {rows} rows of a linear layer")
-    return y
-
-
-linear = torch.library.custom_op("skimp::linear", linear_cpu, mutates_args=())
-"""Inference only: :func:`linear_cpu` as an op that survives capture."""
-
-
-@linear.register_fake
-def _(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], w.shape[0]))
+    return ""
 
 
 def _warn(reason: str, op: str = "skimp::dynk_ffn") -> None:
     if reason not in _fallbacks:
         warnings.warn(f"{op} runs its plain reference: {reason}", stacklevel=4)
     _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
-
-
-def _plain(reason: str, *args: object) -> Tensor:
-    _warn(reason)
-    return reference(*args).contiguous()  # type: ignore[arg-type]

@@ -56,6 +56,11 @@ class LinearSpec(_Compiled):
     isa: str
 
     @property
+    def d_ff(self) -> int:
+        """Of no hidden layer."""
+        return 0
+
+    @property
     def name(self) -> str:
         """Readable and unique."""
         kind = "linear_bias" if self.bias else "linear"

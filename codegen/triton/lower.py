@@ -52,7 +52,7 @@ def dynk_ffn_triton(
     return run(spec, plan, x, scores, tau, *weights, tiles=tiles, traced=True)
 
 
-class Lowering(CustomGraphPass):  # type: ignore[misc]
+class Lowering(CustomGraphPass):
     """The post-grad pass. Its identity holds all that the kernels it chooses depend on."""
 
     def __init__(self) -> None:
@@ -85,9 +85,8 @@ class Lowering(CustomGraphPass):  # type: ignore[misc]
 
 def _fits(match: Match) -> bool:
     """Whether a node runs on CUDA and a kernel fits its arguments."""
-    x, scores, _, *weights, expert_size, act = (
-        a.meta["val"] if isinstance(a, Node) else a for a in match.nodes[0].args
-    )
+    values: list[Any] = [a.meta["val"] if isinstance(a, Node) else a for a in match.nodes[0].args]
+    x, scores, _, *weights, expert_size, act = values
     if x.device.type != "cuda":
         return False
     return isinstance(prepare(x, scores, tuple(weights), expert_size, act), TritonSpec)

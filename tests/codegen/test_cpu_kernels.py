@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.cpp import build as builder
 from skimp.codegen.cpp.emit import emit, head
-from skimp.codegen.cpp.kernels import ARGUMENTS, dynk_ffn_cpu, fallbacks, install, kernel
+from skimp.codegen.cpp.kernels import ARGUMENTS, dynk_ffn_cpu, fallbacks, install, kernel, ops
 from skimp.codegen.cpp.spec import FLAGS, KernelSpec, LinearSpec, detect_isa
 from skimp.ir import dynk_ffn, reference
 from skimp.ir.errors import CompileError
@@ -142,7 +142,7 @@ def test_the_portable_text_computes_the_same(rows):
     y = torch.empty(rows, 40)
     names = ("x", "scores", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
     p = [None if args[k] is None else args[k].data_ptr() for k in names]
-    assert kernel(spec)(p[0], p[1], 0.3, *p[2:], y.data_ptr(), rows, 2) == 0
+    assert kernel(spec)(p[0], p[1], 0.3, *p[2:], y.data_ptr(), rows, 64, 2) == 0
     assert torch.allclose(y, reference(**args), atol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_the_wide_text_computes_the_same(rows):
     run.argtypes = ARGUMENTS
     p = [None if args[k] is None else args[k].data_ptr() for k in POINTERS]
     y = torch.empty(rows, 104)
-    assert run(p[0], p[1], 0.3, *p[2:], y.data_ptr(), rows, 2) == 0
+    assert run(p[0], p[1], 0.3, *p[2:], y.data_ptr(), rows, 64, 2) == 0
     assert torch.allclose(y, reference(**args), atol=1e-5)
 
 
@@ -248,7 +248,7 @@ def test_linear(d, d_out, bias, dtype):
         x, w = torch.randn(rows, d).to(dtype), torch.randn(d_out, d).to(dtype)
         b = torch.randn(d_out).to(dtype) if bias else None
         want = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
-        got = torch.ops.skimp.linear(x, w, b)
+        got = ops().linear(x, w, b)
         assert got.dtype == dtype
         torch.testing.assert_close(
             got.double(),
@@ -256,7 +256,7 @@ def test_linear(d, d_out, bias, dtype):
             rtol=1e-5 if dtype == torch.float32 else 2e-2,
             atol=1e-4 if dtype == torch.float32 else 6e-2,
         )
-    torch.library.opcheck(torch.ops.skimp.linear.default, (x[:3], w, b))
+    torch.library.opcheck(ops().linear.default, (x[:3], w, b))
 
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'

@@ -89,7 +89,7 @@ class Captured:
             self.gm = make_fx(block, decomposition_table=select_decomp_table())(*self.inputs)
 
     def lower(self):
-        passes = backend.with_lowering()
+        passes = backend.with_lowering(cuda=True)
         context = contextlib.ExitStack()
         context.enter_context(V.set_fake_mode(self.mode))
         context.enter_context(V.set_debug_handler(DebugContext()))
@@ -179,28 +179,30 @@ def test_rows_of_a_class_share_a_graph(rows, inside, outside):
 
 
 def test_other_devices_and_misfits_are_left_alone():
-    for options in (dict(device="cpu"), dict(dtype=torch.float64)):
-        assert OP in Captured(rows=8, **options).lower().targets
+    assert OP in Captured(rows=8, dtype=torch.float64).lower().targets
+    elsewhere = Captured(rows=8, device="cpu").lower()
+    assert torch.ops.skimp_cpu.dynk_ffn.default in elsewhere.targets
+    assert not elsewhere.launched
 
 
-def test_the_backend_asks_for_it_on_cuda_only():
+def test_one_pass_lowers_for_both_devices_beside_the_users():
     asked = []
     gm = Captured(rows=2).gm
     with patch("torch._inductor.compile_fx.compile_fx", lambda g, i, config_patches: asked.append(
-        config_patches)):  # fmt: skip
+        get_custom_graph_passes(config_patches[backend.LOWERING]))):  # fmt: skip
         backend.skimp(gm, [torch.randn(2)])
         backend.skimp(gm, Captured(rows=2).inputs)
-        other = backend.with_lowering()[-1]
-        backend.skimp(gm, Captured(rows=2).inputs, options={backend.LOWERING: other})
-    assert asked[0] is None
-    assert len(get_custom_graph_passes(asked[1][backend.LOWERING])) == 1
-    assert get_custom_graph_passes(asked[2][backend.LOWERING])[0] is other
+        backend.skimp(gm, Captured(rows=2).inputs, options={backend.LOWERING: print})
+    assert [len(passes) for passes in asked] == [1, 1, 2]
+    assert asked[2][0] is print
+    (cpu,), (both,) = asked[:2]
+    assert set(cpu.uuid()) < set(both.uuid())
 
 
 def test_its_identity_changes_with_what_the_kernels_depend_on():
-    lowering = backend.with_lowering()[-1]
+    lowering = backend.with_lowering(cuda=True)[-1]
     first = lowering.uuid()
-    assert first == backend.with_lowering()[-1].uuid()
+    assert first == backend.with_lowering(cuda=True)[-1].uuid()
     with patch("skimp.codegen.triton.kernels._precision", ["tf32x3"]):
         assert lowering.uuid() != first
     spec = TritonSpec("relu", False, False, False, False, 8, 64, 64, 64, "bfloat16")

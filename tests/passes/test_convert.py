@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import skimp
@@ -261,8 +262,6 @@ t.quick(t.bert(), folder={folder!r}, progress=progress)
 def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     whole = quick(bert(), folder=tmp_path / "whole")
     folder = tmp_path / "killed"
-    from pathlib import Path
-
     script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
     for stage in ("split", "recover"):
         got = subprocess.run([sys.executable, "-c", script, stage], check=False)
@@ -273,6 +272,49 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     pairs = zip(whole.model.state_dict().items(), done.model.state_dict().values(), strict=True)
     for (name, a), b in pairs:
         assert torch.allclose(a, b, atol=1e-4), name
+
+
+KILLED_WRITING = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_convert as t
+real, count = os.replace, 0
+def replace(*names):
+    global count
+    count += 1
+    if count == 4:  # the second stage's index, its weights being written: between the two
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*names)
+os.replace = replace
+t.quick(t.bert(), folder={folder!r})
+"""
+
+
+def test_a_kill_while_a_stage_is_written_leaves_the_stage_before(tmp_path):
+    script = KILLED_WRITING.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    got = subprocess.run([sys.executable, "-c", script], check=False)
+    assert got.returncode == -signal.SIGKILL
+    stages = []
+    quick(bert(), folder=tmp_path, progress=lambda stage, *_: stages.append(stage))
+    assert stages[0] == "sparsify"  # relufy was whole on disk, sparsify was not
+
+
+def test_a_full_disk_during_conversion_loses_no_finished_stage(tmp_path):
+    def fill(stage, done, total, note=""):
+        if stage == "split" and done == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(ArtefactError, match="free some space"):
+            quick(bert(), folder=tmp_path, progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    stages = []
+    quick(bert(), folder=tmp_path, progress=lambda stage, *_: stages.append(stage))
+    assert stages[0] == "split"
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):

@@ -1,0 +1,241 @@
+"""Which feed-forward networks are found, in every model family that transformers ships.
+
+Each family is built short (:mod:`zoo`), exported and searched in a process of its own. What is
+found is held against a count that never sees the graph: pairs of linear modules of the module tree
+that have the shapes d -> f -> d, among the modules that ran. A site that is not such a pair is a
+false one until a person has looked at it.
+
+    .venv/bin/python benchmarks/coverage.py --minutes 5     # goes on where the last call ended
+"""
+
+import argparse
+import json
+import multiprocessing as mp
+import random
+import re
+import time
+import warnings
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from zoo import build, families, inputs
+
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"
+_ATTENTION = re.compile(
+    r"(^|\.)((?!\w*norm)\w*(attn|attention)\w*|query|key|value|qkv|[qkv]_proj|in_proj|out_proj)"
+    r"(\.|$)",
+    re.I,
+)
+
+
+def linears(model: nn.Module, ran: set[str]) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear module that ran and is no part of attention, by path."""
+    result = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if path not in ran or _ATTENTION.search(path) or not isinstance(weight, nn.Parameter):
+            continue
+        if isinstance(module, nn.Linear):
+            result[path] = (module.in_features, module.out_features)
+        elif weight.dim() == 2 and hasattr(module, "nf"):  # Conv1D stores [in, out]
+            result[path] = (weight.shape[0], weight.shape[1])
+    return result
+
+
+def expected(model: nn.Module, ran: set[str]) -> dict[str, list[str]]:
+    """Feed-forward networks by the module tree: the last linear to the one or two before it.
+
+    Partners share the parent; where none does, the parent of the parent.
+    """
+    found = linears(model, ran)
+    pairs: dict[str, list[str]] = {}
+    for down, (f, d) in found.items():
+        if f == d:
+            continue
+        for up in (1, 2):
+            home = down.rsplit(".", up)[0]
+            near = [
+                path
+                for path, (i, o) in found.items()
+                if i == d and o in (f, 2 * f) and path.rsplit(".", up)[0] == home
+            ]
+            # one set of weights serves one network: of d -> f and f -> d the first is the entry
+            if near and list(found).index(near[0]) < list(found).index(down):
+                pairs[down] = near
+            if near:
+                break
+    return pairs
+
+
+def examine(kind: str, name: str) -> dict[str, Any]:
+    """Build, export, search and count one family."""
+    from skimp.ir.errors import TraceError
+    from skimp.passes.find import find
+    from skimp.passes.trace import trace
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        model = build(kind, name)
+    except Exception as error:  # of 600 families some need files, packages or parts
+        return {"status": "not built", "reason": _line(error)}
+    reasons = []
+    for modality, batch in inputs(model):
+        try:
+            gm = trace(model, batch)
+        except TraceError as error:
+            reasons.append(f"{'+'.join(batch)}: {_line(error)}")
+            continue
+        result = find(gm)
+        ran = {
+            re.sub(r"@\d+", "", path)
+            for node in gm.graph.nodes
+            for path, _ in (node.meta.get("nn_module_stack") or {}).values()
+        }
+        pairs = expected(model, ran)
+        sites = {s.w_out.removesuffix(".weight"): s for s in result.sites}
+        last = {n.name: _owner(n) for n in gm.graph.nodes}
+        near = {last.get(m.nodes[-1], ""): m.reason for m in result.misses}
+        return {
+            "status": "searched",
+            "modality": modality,
+            "inputs": list(batch),
+            "expected": len(pairs),
+            "found": len(pairs.keys() & sites.keys()),
+            "missed": {p: near.get(p, "nothing like it was seen") for p in pairs.keys() - sites},
+            "extra": {p: f"{sites[p].d} -> {sites[p].d_ff}" for p in sites.keys() - pairs.keys()},
+            "activations": sorted({s.act for s in result.sites}),
+            "gated": sorted({s.gated for s in result.sites}),
+            "near": dict(Counter(m.reason for m in result.misses)),
+            "experts": any(p.dim() == 3 and "expert" in n for n, p in model.named_parameters()),
+        }
+    return {"status": "not exported", "modality": modality, "reason": " | ".join(reasons)}
+
+
+def _owner(node: torch.fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
+    return re.sub(r"@\d+", "", str(stack[-1][0]))
+
+
+def _line(error: BaseException) -> str:
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+    return f"{type(error).__name__}: {(lines or ['?'])[0][:240]}"
+
+
+def _child(kind: str, name: str, pipe: Any) -> None:
+    start = time.monotonic()
+    result = examine(kind, name)
+    pipe.send(result | {"class": name, "seconds": round(time.monotonic() - start, 1)})
+
+
+def run(todo: dict[str, str], results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Examine families, each in a fork of this process, which has imported what they need."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    examine("bert", "BertModel")  # imports what every export needs, once for all forks
+    context = mp.get_context("fork")
+    end = time.monotonic() + 60 * args.minutes
+    waiting = list(todo.items())
+    busy: dict[str, tuple[Any, Any, float]] = {}
+    while busy or (waiting and time.monotonic() < end):
+        while waiting and len(busy) < args.workers and time.monotonic() < end:
+            kind, name = waiting.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(kind, name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            busy[kind] = (process, ours, time.monotonic())
+        for kind, (process, pipe, start) in list(busy.items()):
+            late = time.monotonic() - start > args.timeout
+            if not pipe.poll(0.02) and process.is_alive() and not late:
+                continue
+            try:
+                results[kind] = pipe.recv() if pipe.poll() else None
+            except EOFError:
+                results[kind] = None
+            if results[kind] is None:
+                why = f"more than {args.timeout} s" if late else f"ended with {process.exitcode}"
+                results[kind] = {"status": "no answer", "class": todo[kind], "reason": why}
+            process.kill()
+            process.join()
+            del busy[kind]
+            r = results[kind]
+            if not args.json:
+                print(f"{kind:32} {_short(r)}", flush=True)
+            store(results)
+        time.sleep(0.02)
+
+
+def _short(r: dict[str, Any]) -> str:
+    if r["status"] != "searched":
+        return f"{r['status']}: {r['reason'][:150]}"
+    text = f"{r['modality']:7}{r['found']} of {r['expected']}"
+    for path, reason in list(r["missed"].items())[:1]:
+        text += f"; missed {path}: {reason}"
+    return text + (f"; EXTRA {r['extra']}" if r["extra"] else "")
+
+
+def store(results: dict[str, Any]) -> None:
+    """Write what is known so far."""
+    from skimp.ir.cost import write_atomically
+
+    write_atomically(args_out(), json.dumps(results, indent=1, sort_keys=True).encode())
+
+
+def args_out() -> Path:
+    """Where results live."""
+    return RESULTS
+
+
+def verdict(r: dict[str, Any]) -> str:
+    """One word for a family."""
+    if r["status"] != "searched":
+        return r["status"]
+    if not r["expected"]:
+        return "found" if r["extra"] else "no FFN"
+    if r["found"] == r["expected"]:
+        return "found"
+    return "partly" if r["found"] else ("near miss" if r["near"] else "none")
+
+
+def summary(results: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """How many families of each modality came to which verdict."""
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    for r in results.values():
+        table[r.get("modality", "unknown")][verdict(r)] += 1
+    return {m: dict(c) for m, c in sorted(table.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop starting after so long")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds per family")
+    parser.add_argument("--only", nargs="*", help="model types, again even if known")
+    parser.add_argument("--again", nargs="*", default=[], help="verdicts to examine again")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = list(families().items())
+    random.Random(0).shuffle(known)  # so that a part of them is a fair sample
+    todo = {
+        kind: name
+        for kind, name in known
+        if (kind in args.only if args.only else kind not in results)
+        or (kind in results and verdict(results[kind]) in args.again)
+    }
+    run(todo, results, args)
+    if args.json:
+        print(json.dumps(results))
+        return
+    for modality, counts in summary(results).items():
+        print(modality, counts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""SmolLM2-135M made sparse within a time budget: perplexity against FLOPs, and decode speed.
+
+Label-free: calibration text is what Python carries, the loss is the divergence from the dense
+model's next tokens. Start it again with the same arguments and it goes on after the last finished
+pass. Perplexity is of WikiText-2 (validation), in windows without overlap. Decoding is one token
+at a time, batch of one, with a static key-value cache; every rival is compiled, and runs are
+interleaved in this process.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+from skimp.ir.cost import write_atomically
+from skimp.ir.measure import agree, compare
+from skimp.passes.base import Context, evaluate, kl_divergence, next_tokens
+from skimp.passes.budget import Budget, set_tau, taus_at
+from skimp.passes.convert import convert
+from skimp.passes.data import embedded_text
+from skimp.passes.lift import blocks
+from skimp.passes.project import Project
+from skimp.passes.recover import Recover
+from skimp.passes.route import Route, Split
+from skimp.passes.sparsify import Relufy, Sparsify
+from skimp.runtime.demo import whole_model_flops
+from skimp.runtime.language import best_neurons, perplexity, wikitext2, windows
+from skimp.runtime.models import DECODER, load_pretrained
+
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def passes(args):
+    """The recipe, its training bounded by the budget of time."""
+    seconds = 60 * args.minutes
+    project, sparsify, recover = (0.15, 0.2, 0.45) if args.projections else (0, 0.35, 0.5)
+    return [
+        *([Project(tokens=10**9, seconds=project * seconds)] if args.projections else []),
+        *([Relufy()] if args.relufy else []),
+        Sparsify(
+            tokens=10**9,
+            seconds=sparsify * seconds,
+            chunk=args.chunk,
+            alpha=args.alpha,
+            clamp=None if args.relufy else -10.0,
+        ),
+        Split(rows=args.chunk),
+        Route(tokens=args.chunk, steps=max(20, int(5 * args.minutes))),
+        Recover(share=args.share, steps=10**6, seconds=recover * seconds, segments=args.segments),
+        Budget(f"flops <= {args.share + 0.1:.2f}"),
+    ]
+
+
+def frontier(done, context, text, shares, log):
+    """Perplexity of the dense model, of perfect neuron selection, and of the converted one."""
+    rows = []
+
+    def add(kind, share, flops, whole, ppl, kl=None):
+        rows.append(dict(kind=kind, share=share, ffn=flops, whole=whole, perplexity=ppl, kl=kl))
+        log(f"{kind:14} share {share:.2f}  FLOPs {flops:.3f} ({whole:.3f})  perplexity {ppl:.2f}")
+
+    with torch.no_grad():
+        add("dense", 1.0, 1.0, 1.0, perplexity(done.teacher, text), 0.0)
+        for share in (0.5, 0.7):
+            with best_neurons(done.teacher, share):
+                # a bound: choosing is not counted, and there is no cheap way to choose so
+                add("best neurons", share, share, float("nan"), perplexity(done.teacher, text))
+        for share, taus in zip(shares, taus_at(done.model, context, shares), strict=True):
+            set_tau(done.model, taus)
+            quality = evaluate(done.model, context, context.held_out)
+            whole = whole_model_flops(done, context.held_out[0], quality.experts)["whole_share"]
+            ppl = perplexity(done.model, text)
+            add("converted", share, quality.flops, 1 - whole, ppl, quality.distance)
+    return rows
+
+
+def grafted(model, gm):
+    """The model with its cache, its networks replaced by the blocks of a graph."""
+    model = copy.deepcopy(model)
+    for name, block in blocks(gm).items():
+        model.set_submodule(name.removesuffix(".dynk"), block)
+    return model
+
+
+def decoder(model, prompt, backend):
+    """A call that decodes one token after the prompt, always the same one."""
+    from transformers import StaticCache
+
+    length = prompt.shape[1] - 1
+    cache = StaticCache(config=model.config, max_cache_len=2 * length)
+    model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
+    last = prompt[:, -1:].contiguous()
+    fast = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+
+    def step():
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(length)
+        return fast(input_ids=last, past_key_values=cache, use_cache=True).logits
+
+    return step
+
+
+def decode_speed(model, done, prompt, share, context, seconds):
+    """Tokens per second of the converted model, and of the dense one compiled both ways."""
+    set_tau(done.model, taus_at(done.model, context, [share])[0])
+    converted, dense = grafted(model, done.model), grafted(model, done.teacher)
+    calls = {
+        "dense, Inductor": decoder(model, prompt, "inductor"),
+        "dense, skimp": decoder(dense, prompt, "skimp"),
+        "converted, skimp": decoder(converted, prompt, "skimp"),
+    }
+    with torch.no_grad():
+        want = model(input_ids=prompt).logits[:, -1:]
+        agree(calls["dense, Inductor"](), want, "dense, Inductor", 1e-3)
+        agree(calls["dense, skimp"](), want, "dense, skimp", 1e-3)
+        want = converted(input_ids=prompt).logits[:, -1:]
+        agree(calls["converted, skimp"](), want, "converted, skimp", 1e-3)
+    result = compare(calls, "converted, skimp", seconds=seconds)
+    rate = {n: 1 / t.median for n, t in result.timings.items()}
+    return {"share": share, "tokens_per_second": rate, **result.as_dict()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60, help="of training, in all")
+    parser.add_argument("--folder", type=Path, default=Path("out/decoder"))
+    parser.add_argument("--projections", action="store_true")
+    parser.add_argument("--keep-activation", dest="relufy", action="store_false")
+    parser.add_argument("--share", type=float, default=0.6, help="of experts, to recover at")
+    parser.add_argument("--alpha", type=float, default=0.05)
+    parser.add_argument("--expert-size", type=int, default=4)
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens held in memory")
+    parser.add_argument("--segments", type=int, default=1, help="gradient checkpointing")
+    parser.add_argument("--eval-tokens", type=int, default=32_768)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="fewer shares and repeats")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decoder.json"))
+    args = parser.parse_args()
+
+    def log(text):
+        if not args.json:
+            print(text, flush=True)
+
+    last = [0.0]
+
+    def progress(stage, finished, total, note=""):
+        if finished in (0, total) or time.monotonic() > last[0] + 20:
+            last[0] = time.monotonic()
+            log(f"{stage} {finished / total:.0%} {note}")
+
+    loaded = load_pretrained(DECODER)
+    data = windows(loaded.tokenizer, embedded_text(), length=256, batch=4)
+    held, train = data[: 2 if args.quick else 8], data[8:]
+    length = 512
+    text = windows(loaded.tokenizer, [wikitext2(8 * args.eval_tokens)], length=length, batch=2)
+    text = text[: max(1, args.eval_tokens // (2 * length))]
+    start = time.monotonic()
+    done = convert(
+        loaded.model,
+        train,
+        held_out=held,
+        passes=passes(args),
+        expert_size=args.expert_size,
+        projections=args.projections,
+        folder=args.folder,
+        progress=progress,
+    )
+    trained = time.monotonic() - start
+    context = Context(done.teacher, train, held, next_tokens, distance=kl_divergence)
+    shares = (0.5, 0.7, 1.0) if args.quick else SHARES
+    rows = frontier(done, context, text, shares, log)
+    dense = rows[0]["perplexity"]
+    good = [r for r in rows if r["kind"] == "converted" and r["perplexity"] <= 1.05 * dense]
+    best = min(good, key=lambda r: r["ffn"], default=None)
+    share = best["share"] if best else args.share
+    prompt = text[0]["input_ids"][:1, :129]
+    speed = decode_speed(loaded.model, done, prompt, share, context, 5 if args.quick else 30)
+    for name, rate in speed["tokens_per_second"].items():
+        log(f"{name:18} {rate:6.1f} tokens/s")
+    result = {
+        "model": DECODER,
+        "minutes": args.minutes,
+        "options": {k: str(v) for k, v in vars(args).items()},
+        "seconds_of_this_run": round(trained, 1),
+        "text": {"tokens": sum(b["input_ids"].numel() for b in text), "window": length},
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "frontier": rows,
+        "within_5_percent": best,
+        "decode": speed,
+        "history": done.history,
+    }
+    write_atomically(args.out, json.dumps(result, indent=1).encode())
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Language models: text as full windows, perplexity, and what perfect selection would give."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ir.errors import CalibrationError
+from ..passes.base import first_tensor
+from ..passes.data import Batch
+from ..passes.lift import blocks
+
+
+def windows(
+    tokenizer: Any, passages: Sequence[str], *, length: int = 256, batch: int = 4
+) -> list[Batch]:
+    """Passages one after another, cut into windows of equal length without padding.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; its end-of-text token goes between passages.
+        passages: Text.
+        length: Tokens per window.
+        batch: Windows per batch; fewer remain over than make one window.
+
+    Raises:
+        CalibrationError: The text does not fill two windows.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [i for e in tokenizer(list(passages))["input_ids"] for i in (*e, *end)]
+    count = len(ids) // length
+    if count < 2:
+        raise CalibrationError(
+            f"{len(ids)} tokens of text do not fill two windows of {length}; give more text"
+        )
+    rows = torch.tensor(ids[: count * length]).view(count, length)
+    return [
+        dict(input_ids=part, attention_mask=torch.ones_like(part)) for part in rows.split(batch)
+    ]
+
+
+def wikitext2(limit: int | None = None) -> str:
+    """The validation text of WikiText-2, from ``$SKIMP_DATA/wikitext2/valid.txt``.
+
+    Args:
+        limit: Only the first so many characters.
+
+    Raises:
+        CalibrationError: It is not there.
+    """
+    root = os.environ.get("SKIMP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(root) / "wikitext2" / "valid.txt"
+    try:
+        return path.read_text(encoding="utf-8")[:limit]
+    except OSError as error:
+        raise CalibrationError(
+            f"{path} cannot be read; set SKIMP_DATA to a folder that holds wikitext2/valid.txt"
+        ) from error
+
+
+def perplexity(model: nn.Module, data: Sequence[Batch]) -> float:
+    """Exponential of the mean negative log-likelihood of each token given those before it.
+
+    Every window stands alone, and its first token is not predicted, so the figure falls as windows
+    grow; compare models at one length.
+
+    Args:
+        model: A causal language model that gives logits ``[batch, length, vocabulary]``.
+        data: Batches with ``input_ids``, as :func:`windows` makes them.
+    """
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in data:
+            logits = first_tensor(model(**batch))[:, :-1].flatten(0, 1)
+            following = batch["input_ids"][:, 1:].flatten()
+            for part, want in zip(logits.split(512), following.split(512), strict=True):
+                total += float(F.cross_entropy(part.float(), want, reduction="sum"))
+            count += len(following)
+    return math.exp(total / count)
+
+
+@contextmanager
+def best_neurons(gm: nn.Module, share: float) -> Iterator[None]:
+    """Let every block keep, for each row, only the neurons that add most to its output.
+
+    The bound that experts and routers are measured against: neurons are ranked by the norm of what
+    they add, ``|h_i| |w_out_i|``, which takes computing all of them.
+
+    Args:
+        gm: A model with blocks.
+        share: Of the neurons that stay.
+    """
+
+    def strongest(block: Any, x: Tensor) -> Tensor:
+        h = block.hidden(x)
+        size = h.abs() * block.w_out.norm(dim=1)
+        keep = max(1, round(share * block.d_ff))
+        least = size.kthvalue(block.d_ff - keep + 1, dim=-1, keepdim=True).values
+        return block.project(h * (size >= least))  # type: ignore[no-any-return]
+
+    handles = [
+        b.register_forward_hook(lambda block, args, _: strongest(block, args[0]))
+        for b in blocks(gm).values()
+    ]
+    before = {b: b.dense for b in blocks(gm).values()}
+    for block in before:
+        block.dense = True  # its own output is not used; the cheapest
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block, dense in before.items():
+            block.dense = dense
