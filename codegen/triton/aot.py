@@ -11,9 +11,18 @@ from typing import Any
 from ...ir.block import DynkFFN
 from ...ir.errors import CompileError
 from ..spec import constants_of
-from .emit import emit
+from .emit import emit, emit_grads
 from .load import interpreting, load
-from .spec import FEW_ROWS, MANY, SPAN, Tiles, TritonSpec, default_tiles, selection_rows
+from .spec import (
+    FEW_ROWS,
+    MANY,
+    SPAN,
+    Tiles,
+    TritonSpec,
+    default_tiles,
+    grad_tiles,
+    selection_rows,
+)  # fmt: skip
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx90a")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
@@ -130,6 +139,18 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         add("number", listing, sizes, Tiles(0, 0, 0, 0, 8, 3), f"number-{plan}")
         add(function, listed | more, {"SPAN": SPAN, **tiles.constants}, tiles)
     add("finish", dict(sums=f32, b_out=own, y=own, n="i32"), {"BN": 1024}, None)
+    tiles = grad_tiles(spec)
+    grown = dict(h=own, g_up=own, g_gate=own)
+    add("grads_hidden", listed | dict(grad=own, w_out=own) | grown,
+        {"SPAN": SPAN, **tiles.constants}, tiles)  # fmt: skip
+    sizes = {"SPAN": SPAN, "BM": tiles.rows, "BH": tiles.neurons, "BK": tiles.depth}
+    where = dict(lists=i32, counts=i32)
+    for width, bias in dict.fromkeys([(spec.d, spec.b_in), (spec.d_out, False)]):
+        add("grads_weight", where | dict(left=own, right=own, out=own, sums=own, spans="i32"),
+            {"W": width, "SUM": int(bias)} | sizes, tiles, f"grads_weight-{width}"
+            + "-bias" * bias)  # fmt: skip
+    add("grads_input", where | dict(tiles=i32, total=i32, g_up=own, g_gate=own, w_in=own,
+                                    w_gate=own, sums=f32), sizes, tiles)  # fmt: skip
     return found
 
 
@@ -149,7 +170,8 @@ def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
         raise CompileError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     if interpreting():
         raise CompileError("nothing compiles while TRITON_INTERPRET is set; unset it")
-    module = load(emit(spec), spec.name)
+    grads = kernel.function.startswith("grads_")
+    module = load(emit_grads(spec), f"grads_{spec.name}") if grads else load(emit(spec), spec.name)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

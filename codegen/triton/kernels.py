@@ -2,8 +2,7 @@
 
 No call waits for the device: which experts run is decided and counted there, buffers have static
 upper bounds, and launches depend only on shapes, so that calls can be captured in a CUDA graph.
-Differentiation goes through the masked dense formula (:mod:`skimp.ir.op`), which reads the same
-selection: exact, in memory and time as dense training.
+Gradients are those of the experts that ran (:mod:`skimp.codegen.triton.backward`).
 """
 
 import math
@@ -29,7 +28,9 @@ _prepared: dict[tuple[Any, ...], TritonSpec | str] = {}
 
 def install() -> None:
     """Let the op run generated kernels on CUDA tensors from now on, in this process."""
-    use_cuda_kernel(dynk_ffn_cuda)
+    from .backward import differentiate  # which asks this module what fits
+
+    use_cuda_kernel(dynk_ffn_cuda, differentiate)
 
 
 def use_float32(precision: str | None) -> None:

@@ -136,6 +136,13 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int, *, hopper: bool = True
     )
 
 
+def grad_tiles(spec: TritonSpec) -> Tiles:
+    """Of every kernel that differentiates: in 16 bits small enough not to spill, gated or not."""
+    wide = spec.dtype == "float32"
+    neurons = min(32, padded(spec.expert_size))
+    return Tiles(32 if wide else 64, neurons, 32, 32, 8 if wide else 4, 2)
+
+
 _FEW_ONE = ((4, 1024, 2), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (2, 1024, 2))
 _FEW = ((16, 128, 2), (16, 256, 4), (32, 128, 4), (64, 64, 4), (64, 128, 8))
 _WIDE = (

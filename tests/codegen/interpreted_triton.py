@@ -7,11 +7,12 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.triton import kernels as K
-from skimp.codegen.triton.backward import gradients
+from skimp.codegen.triton.backward import differentiate, gradients
 from skimp.codegen.triton.launch import run
 from skimp.codegen.triton.spec import TritonSpec
 from skimp.codegen.triton.tune import plans
 from skimp.ir import reference
+from skimp.ir.op import reference_backward
 from triton.runtime import interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
@@ -169,7 +170,7 @@ def check_gradients(args):
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
     given = [t for i, t in enumerate(live) if t is not None and i not in (1, 2)]
     wanted = torch.autograd.grad(y, given, grad.double())
-    got = [t for t in gradients(spec, grad, *args[:9]) if t is not None]
+    got = gradients(spec, grad, *args[:9])
     assert len(got) == len(wanted)
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape
@@ -195,3 +196,25 @@ def test_gradients_of_all_to_one_and_empty_experts(rows):
     into = gradients(spec, torch.ones(rows, 104), *args[:9])[1]
     assert (into[:16] == 0).all()
     assert (into[24:] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 7])
+def test_gradients_that_are_wanted(rows):
+    args = make(CASES[3], rows)
+    grad = torch.randn(rows, args[7].shape[1])
+    for wanted in ([1, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 1, 0, 1], [0] * 8 + [1]):
+        given = (grad, args[:9], *args[9:], [bool(w) for w in wanted])
+        got, want = differentiate(*given), reference_backward(*given)
+        assert len(got) == len(want) == sum(wanted)
+        for a, b in zip(got, want, strict=True):
+            assert torch.allclose(a, b, atol=1e-4)
+    torch.use_deterministic_algorithms(True)
+    assert differentiate(grad, args[:9], *args[9:], [True] + [False] * 8) is None
+    torch.use_deterministic_algorithms(False)
+
+
+def test_opcheck_of_backward():
+    args = make(CASES[2], 5)
+    wanted = [True, False, False, True, True, False, False, True, True]
+    given = (torch.randn(5, 104), *args, wanted)
+    torch.library.opcheck(torch.ops.skimp.dynk_ffn_backward.default, given)

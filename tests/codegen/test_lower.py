@@ -10,6 +10,7 @@ import torch
 from skimp.codegen.triton import tuned
 from skimp.codegen.triton.spec import FEW_ROWS, Tiles, TritonSpec
 from skimp.ir import dynk_ffn
+from skimp.ir.op import _backward
 from skimp.runtime import backend
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config
@@ -183,6 +184,29 @@ def test_other_devices_and_misfits_are_left_alone():
     elsewhere = Captured(rows=8, device="cpu").lower()
     assert torch.ops.skimp_cpu.dynk_ffn.default in elsewhere.targets
     assert not elsewhere.launched
+
+
+def test_training_differentiates_through_the_experts_that_ran():
+    captured = Captured(rows=64, gated=True)
+    x, scores, tau, w_in, w_gate, w_out, b_out = captured.inputs
+
+    saved = (x, scores, tau, w_in, None, w_gate, None, w_out, b_out)
+    needs = [i not in (1, 2, 4, 6) for i in range(9)]
+
+    def backward(*saved):  # autograd's engine cannot be asked: it wants the card itself
+        context = types.SimpleNamespace(
+            saved_tensors=saved, needs_input_grad=needs, static=(128, "silu")
+        )
+        return _backward(context, saved[0] * 2)
+
+    with captured.mode:
+        gm = make_fx(backward)(*saved)
+    got = [None if n is None else n.meta["val"].shape for n in gm.graph.output_node().args[0]]
+    shapes = [t.shape if need else None for t, need in zip(saved, needs, strict=True)]
+    assert got == [*shapes, None, None]
+    targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    assert targets.count(torch.ops.skimp.dynk_ffn_backward.default) == 1
+    assert torch.ops.aten.mm.default not in targets
 
 
 def test_one_pass_lowers_for_both_devices_beside_the_users():

@@ -12,7 +12,7 @@ import torch
 from skimp.codegen.triton import bundle, kernels, load, tuned
 from skimp.codegen.triton.aot import SHARED_LIMIT, TARGETS, compile_all, compile_kernel
 from skimp.codegen.triton.aot import kernels as kernels_of
-from skimp.codegen.triton.emit import emit
+from skimp.codegen.triton.emit import emit, emit_grads
 from skimp.codegen.triton.spec import Tiles, TritonSpec, candidates, choose, shape_class
 from skimp.ir import reference
 from skimp.ir.errors import ArtefactError, CompileError
@@ -45,9 +45,11 @@ def test_importing_skimp_does_not_import_triton():
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_the_generated_text(name):
-    path = Path(__file__).parents[1] / "golden" / "triton" / f"{name}.expected"
-    got = emit(SPECS[name])
+@pytest.mark.parametrize("part", [emit, emit_grads])
+def test_the_generated_text(name, part):
+    end = "_grads" if part is emit_grads else ""
+    path = Path(__file__).parents[1] / "golden" / "triton" / f"{name}{end}.expected"
+    got = part(SPECS[name])
     compile(got, name, "exec")
     if os.environ.get("SKIMP_UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
