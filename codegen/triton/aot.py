@@ -4,7 +4,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Compiled:
     """A compiled kernel and what it takes.
 
     Attributes:
+        spec: Of its block.
         kernel: Which.
         target: For which device.
         binary: Of a cubin or an hsaco.
@@ -67,11 +68,12 @@ class Compiled:
         shared: Bytes of shared memory.
         registers: Per thread.
         spills: Bytes (NVIDIA) or registers (AMD) that did not fit.
-        programs: Estimate of how many share a multiprocessor; 0 where that is not modelled.
+        programs: Estimate of how many share a multiprocessor.
         matrix: The matrix instruction it uses, or an empty string.
         wide_loads: It loads 16 bytes at a time.
     """
 
+    spec: TritonSpec
     kernel: Kernel
     target: str
     binary: bytes = field(repr=False)
@@ -83,10 +85,17 @@ class Compiled:
     matrix: str
     wide_loads: bool
 
+    @property
+    def occupancy(self) -> float:
+        """Estimated share of a multiprocessor's warps that are resident."""
+        return self.programs * self.kernel.warps / _most_warps(self.target)
+
     def line(self) -> dict[str, Any]:
         """The row of a table."""
-        known = {k: v for k, v in asdict(self).items() if k not in ("kernel", "binary")}
-        return {"kernel": self.kernel.name, "warps": self.kernel.warps, **known}
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        del known["spec"], known["binary"]
+        more = {"kernel": self.kernel.name, "warps": self.kernel.warps}
+        return known | more | {"occupancy": round(self.occupancy, 3)}
 
 
 def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
@@ -203,9 +212,9 @@ def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
     registers, spills = _ptxas(text, target) if cuda else _amd(text)
     matrix = _MATRIX.search(text)
     return Compiled(
-        kernel, target, built.asm["cubin" if cuda else "hsaco"], built.metadata.name,
+        spec, kernel, target, built.asm["cubin" if cuda else "hsaco"], built.metadata.name,
         int(built.metadata.shared), registers, spills,
-        _resident(registers, int(built.metadata.shared), kernel.warps, target) if cuda else 0,
+        _resident(registers, int(built.metadata.shared), kernel.warps, target),
         matrix[0] if matrix else "", bool(_WIDE.search(text)),
     )  # fmt: skip
 
@@ -246,8 +255,18 @@ def _amd(text: str) -> tuple[int, int]:
     return max(used, default=0), max(spilled, default=0)
 
 
+def _most_warps(target: str) -> int:
+    """Of a multiprocessor: on AMD, eight on each of four SIMD units."""
+    return 64 if target.startswith("sm_") else 32
+
+
 def _resident(registers: int, shared: int, warps: int, target: str) -> int:
-    """Programs that fit a multiprocessor: 64K registers, its shared memory, 64 warps."""
-    by_registers = 65536 // max(1, -(-registers // 8) * 8 * 32 * warps)
-    by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
-    return min(by_registers, by_shared, 64 // warps)
+    """Programs that fit a multiprocessor's registers, shared memory and warps."""
+    registers = -(-max(1, registers) // 8) * 8
+    if target.startswith("sm_"):  # 64K registers, and a KiB of shared memory kept per program
+        by_registers = 65536 // (registers * 32 * warps)
+        by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
+    else:  # 512 registers for every lane of a SIMD unit
+        by_registers = 4 * min(8, 512 // registers) // warps
+        by_shared = SHARED_LIMIT[target] // max(1, shared)
+    return min(by_registers, by_shared, _most_warps(target) // warps)
