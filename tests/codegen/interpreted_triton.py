@@ -7,10 +7,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.triton import kernels as K
+from skimp.codegen.triton import tuned
 from skimp.codegen.triton.backward import differentiate, gradients
 from skimp.codegen.triton.launch import run
 from skimp.codegen.triton.spec import TritonSpec
-from skimp.codegen.triton.tune import plans
+from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import reference
 from skimp.ir.op import reference_backward
 from triton.runtime import interpreter
@@ -105,15 +106,16 @@ def test_against_the_reference(case, dtype):
     assert not K.fallbacks()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     d=st.integers(1, 40), experts=st.integers(1, 9), size=st.sampled_from([1, 2, 3, 8, 16, 20]),
     d_out=st.integers(1, 40), gated=st.booleans(), bias=st.booleans(), rows=st.integers(1, 70),
     tau=st.sampled_from([0.0, 0.1, 0.5, 1.0]), share=st.floats(0, 1), seed=st.integers(0, 99),
+    dtype=st.sampled_from(list(TOLERANCE)),
 )  # fmt: skip
-def test_any_shape(d, experts, size, d_out, gated, bias, rows, tau, share, seed):
+def test_any_shape(d, experts, size, d_out, gated, bias, rows, tau, share, seed, dtype):
     case = (d, experts * size, d_out, size, gated, bias, "silu" if gated else "relu")
-    args = make(case, rows, seed=seed, share=share)
+    args = make(case, rows, dtype, seed=seed, share=share)
     args[2] = torch.tensor(tau)
     check(args)
 
@@ -159,6 +161,30 @@ def test_the_entry_point():
     assert torch.allclose(K.dynk_ffn_cuda(*args), want, atol=1e-5)
     torch.use_deterministic_algorithms(False)
     K._fallbacks.clear()
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_the_first_call_after_tuning(rows, monkeypatch):
+    """Without a card only the clock is not real: every option runs, and leaves nothing behind."""
+    ran = []
+
+    def clock(call, **_):
+        ran.append(call())
+        return -len(ran)  # the last option, which is no default, is the fastest
+
+    monkeypatch.setattr("triton.testing.do_bench", clock)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr(tuned, "_found", {})
+    args = make(CASES[2], rows)
+    spec = K.prepare(args[0], args[1], tuple(args[3:9]), args[9], args[10])
+    best = tune(spec, *args[:9], write=False)[0]
+    assert len(ran) > 3
+    assert K.plan_of(spec, args[0]) == best[1:]
+    want = reference(*args)
+    for found in (K.dynk_ffn_cuda(*args), K.dynk_ffn_cuda(*args), *ran):
+        assert torch.allclose(found, want, atol=1e-4)
+    tuned.forget()
+    assert K.plan_of(spec, args[0])[1] is None
 
 
 def check_gradients(args):
