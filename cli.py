@@ -244,9 +244,11 @@ def aot(
 ) -> None:
     """Compile a model's GPU kernels for a device that need not be here, and report what they take.
 
-    NVIDIA kernels report bytes spilled, AMD ones registers spilled.
+    NVIDIA kernels report bytes spilled, AMD ones registers spilled. Predicted times are bounds from
+    published peaks, not measurements.
     """
     from .codegen.triton import aot as ahead
+    from .codegen.triton import report
     from .codegen.triton.bundle import write
     from .passes.lift import blocks
     from .runtime.models import load_pretrained
@@ -255,14 +257,13 @@ def aot(
     gm = load(folder, load_pretrained(model).model)
     specs = sorted({ahead.spec_of(b, dtype) for b in blocks(gm).values()}, key=lambda s: s.name)
     path = out or folder / f"{target}.kernels"
-    lines = [c.line() for c in write(path, specs, target)]
+    lines = [report.line(c) for c in write(path, specs, target)]
     if as_json:
         print(json.dumps(lines))  # noqa: T201
         return
-    names = ("kernel", "registers", "spills", "shared", "programs", "matrix")
-    table = Table(*names)
+    table = Table(*report.COLUMNS.values())
     for found in lines:
-        table.add_row(*(str(found[n]) for n in names))
+        table.add_row(*(str(found[n]) for n in report.COLUMNS))
     _out.print(table)
     _out.print(f"Kernels: {path}")
 

@@ -54,9 +54,9 @@ def constants_of(weights: Weights, expert_size: int, act: str, dtype: str) -> di
         b_gate=b_gate is not None,
         b_out=b_out is not None,
         expert_size=expert_size,
-        d=w_in.shape[1],
-        d_ff=w_in.shape[0],
-        d_out=w_out.shape[1],
+        d=int(w_in.shape[1]),
+        d_ff=int(w_in.shape[0]),
+        d_out=int(w_out.shape[1]),
         dtype=dtype,
     )
 

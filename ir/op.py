@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 _CPU_KERNELS: list[Callable[..., Tensor]] = []
 _CUDA_KERNELS: list[Callable[..., Tensor]] = []
+_CUDA_BACKWARDS: list[Callable[..., list[Tensor] | None]] = []
 
 
 def use_cpu_kernel(kernel: Callable[..., Tensor] | None) -> None:
@@ -35,9 +36,19 @@ def use_cpu_kernel(kernel: Callable[..., Tensor] | None) -> None:
     _CPU_KERNELS[:] = [] if kernel is None else [kernel]
 
 
-def use_cuda_kernel(kernel: Callable[..., Tensor] | None) -> None:
-    """The same on CUDA devices."""
+def use_cuda_kernel(
+    kernel: Callable[..., Tensor] | None,
+    backward: Callable[..., list[Tensor] | None] | None = None,
+) -> None:
+    """The same on CUDA devices.
+
+    Args:
+        kernel: See :func:`use_cpu_kernel`.
+        backward: A function with the arguments of :func:`reference_backward` that returns its
+            result, or ``None`` where it serves them not.
+    """
     _CUDA_KERNELS[:] = [] if kernel is None else [kernel]
+    _CUDA_BACKWARDS[:] = [] if backward is None else [backward]
 
 
 def select(scores: Tensor, tau: Tensor) -> Tensor:
@@ -53,7 +64,7 @@ def select(scores: Tensor, tau: Tensor) -> Tensor:
     # the product is rounded once, to the scores' dtype: PyTorch would round tau too, on GPUs only
     wide = torch.promote_types(scores.dtype, torch.float32)
     limit = tau.to(wide) * scores.amax(-1, keepdim=True).to(wide)
-    return ~(scores < limit.to(scores.dtype))
+    return torch.bitwise_not(scores < limit.to(scores.dtype))
 
 
 def hidden(
@@ -162,19 +173,45 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     ctx.static = (expert_size, act)  # type: ignore[attr-defined]
 
 
+def reference_backward(
+    grad: Tensor, tensors: list[Tensor | None], expert_size: int, act: str, wanted: list[bool]
+) -> list[Tensor]:
+    """Differentiate :func:`reference`, in time and memory like a dense network.
+
+    Args:
+        grad: Of the output, ``[.., d_out]``.
+        tensors: ``x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out`` of the call.
+        expert_size: Of the call.
+        act: Of the call.
+        wanted: For which of ``tensors``, never of scores and tau: a selection has no gradient.
+
+    Returns:
+        A gradient for each that is wanted.
+    """
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach() for t in tensors]
+        live = [
+            leaf.requires_grad_()
+            for leaf, want in zip(leaves, wanted, strict=True)
+            if want and leaf is not None
+        ]
+        y = reference(*leaves, expert_size, act)  # type: ignore[arg-type, call-arg]
+    return list(torch.autograd.grad(y, live, grad))
+
+
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate through the selected experts; the selection itself has no gradient."""
     saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
-    wanted = [i for i, t in enumerate(saved) if t is not None and ctx.needs_input_grad[i]]  # type: ignore[attr-defined]
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach() for t in saved]
-        live = [leaf.requires_grad_() for i in wanted if (leaf := leaves[i]) is not None]
-        y = reference(*leaves, *ctx.static)  # type: ignore[arg-type, attr-defined]
-    found = torch.autograd.grad(y, live, grad, allow_unused=True)
-    grads: list[Tensor | None] = [None] * (len(saved) + 2)
-    for i, g in zip(wanted, found, strict=True):
-        grads[i] = g
-    return tuple(grads)
+    needs = ctx.needs_input_grad  # type: ignore[attr-defined]
+    wanted = [t is not None and needs[i] and i not in (1, 2) for i, t in enumerate(saved)]
+    args = (grad, saved, *ctx.static, wanted)  # type: ignore[attr-defined]
+    found: list[Tensor] | None = None
+    if _CUDA_BACKWARDS and grad.device.type == "cuda":
+        found = _CUDA_BACKWARDS[0](*args)
+    if found is None and any(wanted):
+        found = reference_backward(*args)
+    following = iter(found or [])
+    return (*(next(following) if want else None for want in wanted), None, None)
 
 
 dynk_ffn.register_autograd(_backward, setup_context=_setup_context)

@@ -1,11 +1,14 @@
 """``torch.compile(model, backend="skimp")``: fused kernels for blocks, Inductor for the rest."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
+
+LOWERING = "post_grad_custom_post_pass"
+"""Where in Inductor the op is lowered."""
 
 
 def skimp(
@@ -24,28 +27,44 @@ def skimp(
 
     patches = list_mode_options(options["mode"]) if options.get("mode") else {}
     patches |= options.get("options") or {}
-    patches["post_grad_custom_post_pass"] = _lowering()
+    cuda = any(isinstance(t, torch.Tensor) and t.device.type == "cuda" for t in example_inputs)
+    patches[LOWERING] = with_lowering(patches.get(LOWERING), cuda=cuda)
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
-def _lowering() -> Any:
-    """The pass that swaps blocks and linear layers for kernels, in the form Inductor takes."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+def with_lowering(passes: Any = None, *, cuda: bool) -> tuple[Any, ...]:
+    """Inductor's passes, and one that swaps blocks and linear layers for kernels.
 
-    from ..codegen.cpp import kernels, lower
+    Args:
+        passes: What else shall run there; by default what Inductor's configuration says.
+        cuda: The graph has tensors on CUDA, so that Triton, if it is installed, is asked too.
+    """
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+
+    from ..codegen.cpp import kernels
+    from ..codegen.cpp.lower import Lowering as OnCpu
     from ..ir.errors import CompileError
+
+    parts: list[CustomGraphPass] = []
+    try:
+        kernels.ops()  # code from Inductor's cache calls them without the pass having run
+        parts.append(OnCpu())
+    except CompileError:
+        pass  # no compiler: the op stays, and says at run time why it runs its reference
+    if cuda and importlib.util.find_spec("triton"):
+        from ..codegen.triton.lower import Lowering as OnCuda
+
+        parts.append(OnCuda())
 
     class Lower(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
-            lower.lower(graph)
+            for part in parts:
+                part(graph)
 
         def uuid(self) -> Any:
-            files = sorted(Path(lower.__file__).parent.iterdir())
-            return get_hash_for_files(tuple(str(f) for f in files if f.is_file()))
+            return tuple(part.uuid() for part in parts)
 
-    try:
-        kernels.ops()  # code from Inductor's cache calls them without the pass having run
-    except CompileError:
-        return None
-    return Lower()
+    given = getattr(config, LOWERING) if passes is None else passes
+    return (*get_custom_graph_passes(given), Lower())

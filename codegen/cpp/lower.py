@@ -8,9 +8,11 @@ The last only where this machine was measured to be faster at few rows; with man
 PyTorch's linear layer.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
 from ...ir.errors import CompileError
@@ -18,6 +20,19 @@ from .kernels import DTYPES, few_rows, kernel, ops, unserved
 from .spec import LinearSpec, detect_isa
 
 aten = torch.ops.aten
+
+
+class Lowering(CustomGraphPass):
+    """The rewriting as a post-grad pass."""
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite a graph in place."""
+        lower(graph)
+
+    def uuid(self) -> Any:
+        """Text of the generator: a change recompiles."""
+        files = sorted(Path(__file__).parent.iterdir())
+        return get_hash_for_files(tuple(str(f) for f in files if f.is_file()))
 
 
 def lower(graph: Graph) -> int:

@@ -4,23 +4,31 @@ import functools
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ...ir.block import DynkFFN
 from ...ir.errors import CompileError
 from ..spec import constants_of
-from .emit import emit
+from .emit import emit, emit_grads
 from .load import interpreting, load
-from .spec import FEW_ROWS, SPAN, Tiles, TritonSpec, default_tiles, selection_rows
+from .spec import (
+    FEW_ROWS,
+    MANY,
+    SPAN,
+    Tiles,
+    TritonSpec,
+    default_tiles,
+    grad_tiles,
+    selection_rows,
+)  # fmt: skip
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx90a")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
                 "gfx90a": 65536}  # fmt: skip
 """Bytes of shared memory that one program may ask for."""
 
-MANY = 1 << 16
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+")
 _WIDE = re.compile(r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async\.cg\."
@@ -52,6 +60,7 @@ class Compiled:
     """A compiled kernel and what it takes.
 
     Attributes:
+        spec: Of its block.
         kernel: Which.
         target: For which device.
         binary: Of a cubin or an hsaco.
@@ -59,11 +68,12 @@ class Compiled:
         shared: Bytes of shared memory.
         registers: Per thread.
         spills: Bytes (NVIDIA) or registers (AMD) that did not fit.
-        programs: Estimate of how many share a multiprocessor; 0 where that is not modelled.
+        programs: Estimate of how many share a multiprocessor.
         matrix: The matrix instruction it uses, or an empty string.
         wide_loads: It loads 16 bytes at a time.
     """
 
+    spec: TritonSpec
     kernel: Kernel
     target: str
     binary: bytes = field(repr=False)
@@ -75,10 +85,17 @@ class Compiled:
     matrix: str
     wide_loads: bool
 
+    @property
+    def occupancy(self) -> float:
+        """Estimated share of a multiprocessor's warps that are resident."""
+        return self.programs * self.kernel.warps / _most_warps(self.target)
+
     def line(self) -> dict[str, Any]:
         """The row of a table."""
-        known = {k: v for k, v in asdict(self).items() if k not in ("kernel", "binary")}
-        return {"kernel": self.kernel.name, "warps": self.kernel.warps, **known}
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        del known["spec"], known["binary"]
+        more = {"kernel": self.kernel.name, "warps": self.kernel.warps}
+        return known | more | {"occupancy": round(self.occupancy, 3)}
 
 
 def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
@@ -107,7 +124,7 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
     for rows in (1, FEW_ROWS):
         tiles = fitted(default_tiles(spec, "few", rows, hopper=hopper), target)
         sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
-        add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, done=i32, y=own,
+        add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, y=own,
                         rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
     block = selection_rows(spec, "masked")
     add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
@@ -131,6 +148,18 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         add("number", listing, sizes, Tiles(0, 0, 0, 0, 8, 3), f"number-{plan}")
         add(function, listed | more, {"SPAN": SPAN, **tiles.constants}, tiles)
     add("finish", dict(sums=f32, b_out=own, y=own, n="i32"), {"BN": 1024}, None)
+    tiles = grad_tiles(spec)
+    grown = dict(h=own, g_up=own, g_gate=own)
+    add("grads_hidden", listed | dict(grad=own, w_out=own) | grown,
+        {"SPAN": SPAN, **tiles.constants}, tiles)  # fmt: skip
+    sizes = {"SPAN": SPAN, "BM": tiles.rows, "BH": tiles.neurons, "BK": tiles.depth}
+    where = dict(lists=i32, counts=i32)
+    for width, bias in dict.fromkeys([(spec.d, spec.b_in), (spec.d_out, False)]):
+        add("grads_weight", where | dict(left=own, right=own, out=own, sums=own, spans="i32"),
+            {"W": width, "SUM": int(bias)} | sizes, tiles, f"grads_weight-{width}"
+            + "-bias" * bias)  # fmt: skip
+    add("grads_input", where | dict(tiles=i32, total=i32, g_up=own, g_gate=own, w_in=own,
+                                    w_gate=own, sums=f32), sizes, tiles)  # fmt: skip
     return found
 
 
@@ -150,7 +179,8 @@ def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
         raise CompileError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     if interpreting():
         raise CompileError("nothing compiles while TRITON_INTERPRET is set; unset it")
-    module = load(emit(spec), spec.name)
+    grads = kernel.function.startswith("grads_")
+    module = load(emit_grads(spec), f"grads_{spec.name}") if grads else load(emit(spec), spec.name)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -161,7 +191,7 @@ def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(kernel.signature.values())
-        if kind.startswith("*") and list(kernel.signature)[i] not in ("total", "done")
+        if kind.startswith("*") and list(kernel.signature)[i] != "total"
     }
     source = ASTSource(
         fn=getattr(module, kernel.function),
@@ -182,9 +212,9 @@ def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
     registers, spills = _ptxas(text, target) if cuda else _amd(text)
     matrix = _MATRIX.search(text)
     return Compiled(
-        kernel, target, built.asm["cubin" if cuda else "hsaco"], built.metadata.name,
+        spec, kernel, target, built.asm["cubin" if cuda else "hsaco"], built.metadata.name,
         int(built.metadata.shared), registers, spills,
-        _resident(registers, int(built.metadata.shared), kernel.warps, target) if cuda else 0,
+        _resident(registers, int(built.metadata.shared), kernel.warps, target),
         matrix[0] if matrix else "", bool(_WIDE.search(text)),
     )  # fmt: skip
 
@@ -225,8 +255,18 @@ def _amd(text: str) -> tuple[int, int]:
     return max(used, default=0), max(spilled, default=0)
 
 
+def _most_warps(target: str) -> int:
+    """Of a multiprocessor: on AMD, eight on each of four SIMD units."""
+    return 64 if target.startswith("sm_") else 32
+
+
 def _resident(registers: int, shared: int, warps: int, target: str) -> int:
-    """Programs that fit a multiprocessor: 64K registers, its shared memory, 64 warps."""
-    by_registers = 65536 // max(1, -(-registers // 8) * 8 * 32 * warps)
-    by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
-    return min(by_registers, by_shared, 64 // warps)
+    """Programs that fit a multiprocessor's registers, shared memory and warps."""
+    registers = -(-max(1, registers) // 8) * 8
+    if target.startswith("sm_"):  # 64K registers, and a KiB of shared memory kept per program
+        by_registers = 65536 // (registers * 32 * warps)
+        by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
+    else:  # 512 registers for every lane of a SIMD unit
+        by_registers = 4 * min(8, 512 // registers) // warps
+        by_shared = SHARED_LIMIT[target] // max(1, shared)
+    return min(by_registers, by_shared, _most_warps(target) // warps)

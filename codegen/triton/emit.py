@@ -3,6 +3,7 @@
 import re
 import textwrap
 
+from .grads import GRADS, SLOPES
 from .many import BLOCKS, LISTS, PAIRS, ROUTE
 from .spec import TritonSpec, padded
 
@@ -41,12 +42,12 @@ def limit_of(s, real, tau):
 
 _FEW = '''
 @triton.jit(do_not_specialize=["rows"])
-def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, done, y, rows,
+def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, y, rows,
         RP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr):
     """A program takes BH neurons and reads the weights of those that some row needs.
 
-    sums [rows, $O] and done [1] are zero on entry. Of one row the last program to finish writes
-    y; more are too much for one program and are left to `finish`.
+    sums [rows, $O] and one float more, which counts programs that are done, are zero on entry. Of
+    one row the last program to finish writes y; more are too much for one and left to `finish`.
     """
     row = tl.arange(0, RP)
     expert = tl.arange(0, $EP)
@@ -96,7 +97,7 @@ def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, done, y,
                           mask=inside & (row < rows)[:, None], sem="relaxed")
     if RP == 1:
         tl.debug_barrier()  # all of this program's sums are on their way before it says so
-        if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        if tl.atomic_add(sums + $O, 1.0, sem="acq_rel") == tl.num_programs(0) - 1:
             for c in range(0, $O, 1024):
                 column = c + tl.arange(0, 1024)
                 v = tl.load(sums + column, mask=column < $O, other=0.0)
@@ -107,6 +108,15 @@ def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, done, y,
 
 def emit(spec: TritonSpec) -> str:
     """The complete module of one block: a selection, and every way of running what it selects."""
+    return _text(spec, [_HEAD, _FEW, BLOCKS, ROUTE, LISTS, PAIRS])
+
+
+def emit_grads(spec: TritonSpec) -> str:
+    """The module that differentiates one block; a part of its own, since few calls need it."""
+    return _text(spec, [_HEAD, GRADS])
+
+
+def _text(spec: TritonSpec, parts: list[str]) -> str:
     values = {
         "name": spec.name,
         "D": spec.d,
@@ -117,6 +127,7 @@ def emit(spec: TritonSpec) -> str:
         "S": spec.expert_size,
         "precision": f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
         "act": textwrap.indent(_ACTS[spec.act], "    ").lstrip(),
+        "slope": textwrap.indent(SLOPES[spec.act], "    ").lstrip(),
     }
     flags = {
         "gated": spec.gated,
@@ -129,7 +140,6 @@ def emit(spec: TritonSpec) -> str:
         "gated_whole": spec.gated and spec.d % 64 == 0,
         "gated_ragged": spec.gated and spec.d % 64 != 0,
     }
-    parts = [_HEAD, _FEW, BLOCKS, ROUTE, LISTS, PAIRS]
     return "\n\n".join(_fill(part, values, flags).strip() for part in parts) + "\n"
 
 

@@ -6,6 +6,8 @@ from ..spec import BlockSpec
 
 FEW_ROWS = 16
 SPAN = 4096
+MANY = 1 << 16
+"""Rows for which tiles are chosen where the number is not known."""
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -132,6 +134,13 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int, *, hopper: bool = True
         depth=min(tiles.depth, padded(spec.d)),
         columns=min(tiles.columns, padded(spec.d_out)),
     )
+
+
+def grad_tiles(spec: TritonSpec) -> Tiles:
+    """Of every kernel that differentiates: in 16 bits small enough not to spill, gated or not."""
+    wide = spec.dtype == "float32"
+    neurons = min(32, padded(spec.expert_size))
+    return Tiles(32 if wide else 64, neurons, 32, 32, 8 if wide else 4, 2)
 
 
 _FEW_ONE = ((4, 1024, 2), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (2, 1024, 2))

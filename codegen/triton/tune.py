@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .kernels import run
+from .launch import run
 from .spec import FEW_ROWS, Tiles, TritonSpec, candidates, shape_class
 
 
@@ -32,7 +32,7 @@ def tune(
 
     Args:
         spec: Of the block.
-        args: As :func:`skimp.codegen.triton.kernels.run` takes them, from ``x`` to ``b_out``, with
+        args: As :func:`skimp.codegen.triton.launch.run` takes them, from ``x`` to ``b_out``, with
             scores that select as many experts as real ones do.
         write: Keep what is found for later processes.
         milliseconds: To spend on each option, after compiling it.

@@ -18,11 +18,15 @@ _read: set[str] = set()
 def recall(spec: TritonSpec, case: str, device: torch.device) -> tuple[str, Tiles] | None:
     """The plan and tiles that tuning found for a spec and a class of shapes, or ``None``."""
     key = device_key(device)
+    _read_file(key)
+    return _found.get((key, f"{spec.name}/{case}"))
+
+
+def _read_file(key: str) -> None:
     if key not in _read:
         _read.add(key)
         for name, (plan, tiles) in _load(_path(key)).items():
             _found.setdefault((key, name), (plan, Tiles(**tiles)))
-    return _found.get((key, f"{spec.name}/{case}"))
 
 
 def remember(
@@ -46,6 +50,13 @@ def remember(
         raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def state() -> str:
+    """Everything that is known of the devices here, as text: part of what compiled code holds."""
+    if torch.cuda.is_available():
+        _read_file(device_key(torch.device("cuda")))
+    return repr(sorted(_found.items()))
+
+
 def forget() -> None:
     """Go back to the untuned defaults in this process."""
     _found.clear()
@@ -57,7 +68,8 @@ def device_key(device: torch.device) -> str:
     """Tiles are good for one kind of device and one compiler."""
     import triton
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    there = device.type == "cuda" and torch.cuda.is_available()
+    name = torch.cuda.get_device_name(device) if there else device.type
     return f"{name} triton-{triton.__version__}".replace(" ", "-").replace("/", "-")
 
 

@@ -7,9 +7,13 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.triton import kernels as K
+from skimp.codegen.triton import tuned
+from skimp.codegen.triton.backward import differentiate, gradients
+from skimp.codegen.triton.launch import run
 from skimp.codegen.triton.spec import TritonSpec
-from skimp.codegen.triton.tune import plans
+from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import reference
+from skimp.ir.op import reference_backward
 from triton.runtime import interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
@@ -87,7 +91,7 @@ def check(args, only=None):
     ok = want.isfinite()
     rows = x.shape[0]
     for plan in only or {*plans(spec, rows), "pairs", "lists", "blocks"}:
-        got = K.run(spec, plan, *args[:9])
+        got = run(spec, plan, *args[:9])
         assert got.dtype == x.dtype
         assert torch.equal(got.isnan(), want.isnan()), plan
         error = (got.double() - want)[ok].norm() / want[ok].norm().clamp_min(1e-12)
@@ -102,15 +106,16 @@ def test_against_the_reference(case, dtype):
     assert not K.fallbacks()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     d=st.integers(1, 40), experts=st.integers(1, 9), size=st.sampled_from([1, 2, 3, 8, 16, 20]),
     d_out=st.integers(1, 40), gated=st.booleans(), bias=st.booleans(), rows=st.integers(1, 70),
     tau=st.sampled_from([0.0, 0.1, 0.5, 1.0]), share=st.floats(0, 1), seed=st.integers(0, 99),
+    dtype=st.sampled_from(list(TOLERANCE)),
 )  # fmt: skip
-def test_any_shape(d, experts, size, d_out, gated, bias, rows, tau, share, seed):
+def test_any_shape(d, experts, size, d_out, gated, bias, rows, tau, share, seed, dtype):
     case = (d, experts * size, d_out, size, gated, bias, "silu" if gated else "relu")
-    args = make(case, rows, seed=seed, share=share)
+    args = make(case, rows, dtype, seed=seed, share=share)
     args[2] = torch.tensor(tau)
     check(args)
 
@@ -156,3 +161,86 @@ def test_the_entry_point():
     assert torch.allclose(K.dynk_ffn_cuda(*args), want, atol=1e-5)
     torch.use_deterministic_algorithms(False)
     K._fallbacks.clear()
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_the_first_call_after_tuning(rows, monkeypatch):
+    """Without a card only the clock is not real: every option runs, and leaves nothing behind."""
+    ran = []
+
+    def clock(call, **_):
+        ran.append(call())
+        return -len(ran)  # the last option, which is no default, is the fastest
+
+    monkeypatch.setattr("triton.testing.do_bench", clock)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr(tuned, "_found", {})
+    args = make(CASES[2], rows)
+    spec = K.prepare(args[0], args[1], tuple(args[3:9]), args[9], args[10])
+    best = tune(spec, *args[:9], write=False)[0]
+    assert len(ran) > 3
+    assert K.plan_of(spec, args[0]) == best[1:]
+    want = reference(*args)
+    for found in (K.dynk_ffn_cuda(*args), K.dynk_ffn_cuda(*args), *ran):
+        assert torch.allclose(found, want, atol=1e-4)
+    tuned.forget()
+    assert K.plan_of(spec, args[0])[1] is None
+
+
+def check_gradients(args):
+    spec = K._prepare(args[0], args[1], tuple(args[3:9]), args[9], args[10], "ieee")
+    assert isinstance(spec, TritonSpec), spec
+    live = [t.double().requires_grad_() if t is not None and i not in (1, 2) else t
+            for i, t in enumerate(args[:9])]  # fmt: skip
+    y = reference(*live, *args[9:])
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
+    given = [t for i, t in enumerate(live) if t is not None and i not in (1, 2)]
+    wanted = torch.autograd.grad(y, given, grad.double())
+    got = gradients(spec, grad, *args[:9])
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == args[0].dtype
+        worst = (a.double() - b).norm() / b.norm().clamp_min(1e-12)
+        assert worst <= 3 * TOLERANCE[a.dtype], float(worst)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_against_autograd_of_the_reference(case, dtype):
+    for rows in (1, 37) if dtype == torch.float32 else (37,):
+        check_gradients(make(case, rows, dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 90])
+def test_gradients_of_all_to_one_and_empty_experts(rows):
+    args = make(CASES[2], rows)
+    args[1] = torch.zeros(rows, 4)
+    args[1][:, 2] = 1
+    check_gradients(args)
+    spec = K._prepare(args[0], args[1], tuple(args[3:9]), args[9], args[10], "ieee")
+    into = gradients(spec, torch.ones(rows, 104), *args[:9])[1]
+    assert (into[:16] == 0).all()
+    assert (into[24:] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 7])
+def test_gradients_that_are_wanted(rows):
+    args = make(CASES[3], rows)
+    grad = torch.randn(rows, args[7].shape[1])
+    for wanted in ([1, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 1, 0, 1], [0] * 8 + [1]):
+        given = (grad, args[:9], *args[9:], [bool(w) for w in wanted])
+        got, want = differentiate(*given), reference_backward(*given)
+        assert len(got) == len(want) == sum(wanted)
+        for a, b in zip(got, want, strict=True):
+            assert torch.allclose(a, b, atol=1e-4)
+    torch.use_deterministic_algorithms(True)
+    assert differentiate(grad, args[:9], *args[9:], [True] + [False] * 8) is None
+    torch.use_deterministic_algorithms(False)
+
+
+def test_opcheck_of_backward():
+    args = make(CASES[2], 5)
+    wanted = [True, False, False, True, True, False, False, True, True]
+    given = (torch.randn(5, 104), *args, wanted)
+    torch.library.opcheck(torch.ops.skimp.dynk_ffn_backward.default, given)
