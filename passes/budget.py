@@ -122,9 +122,12 @@ class Budget(Pass):
             kept = quality.distance <= wanted if kind == "kl" else quality.cosine >= wanted
             if kind == "flops":
                 # A share counts scores of a sample; thresholds change what later blocks see.
-                if 0 <= wanted - quality.flops <= 2 * margin or len(tried) == 5:
+                over = quality.flops - wanted
+                if -2 * margin <= over <= 0 or share == 0 or (len(tried) >= 5 and over <= 0):
                     break
-                low = high = max(0.0, share + wanted - margin - quality.flops)
+                # after some tries only down, so that the end is within the budget
+                step = max(over, 0) + margin if len(tried) >= 4 else over + margin
+                low = high = max(0.0, share - step)
             elif high - low <= self.tolerance:
                 if kept or high >= 1:
                     break

@@ -47,7 +47,7 @@ from .lift import blocks
 class _Gated(nn.Module):
     """A block in training: the share of experts that run is set, the threshold follows."""
 
-    def __init__(self, block: DynkFFN, alpha: float) -> None:
+    def __init__(self, block: DynkFFN, alpha: float = 0.0) -> None:
         super().__init__()
         self.block = block
         self.alpha = alpha

@@ -104,10 +104,12 @@ def empty_block(spec: Mapping[str, Any], dtype: torch.dtype | None) -> DynkFFN:
     return block.to("meta", dtype).eval()
 
 
-def place_of(spec: Mapping[str, Any], prefix: str = "") -> Place:
-    """The place that a description tells, below a prefix."""
+def place_of(spec: Mapping[str, Any], model: nn.Module) -> Place:
+    """The place that a description tells, in a model with a head or without."""
     fields = dict(spec["place"])
-    return Place(**fields | {"paths": tuple(prefix + p for p in fields["paths"])})
+    added, dropped = _added(model, fields["paths"][0]), _dropped(model, fields["paths"][0])
+    paths = tuple(added + p.removeprefix(dropped) for p in fields["paths"])
+    return Place(**fields | {"paths": paths})
 
 
 class SkimpQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -125,8 +127,7 @@ class SkimpQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, dtype: torch.dtype | None = None, **_: Any
     ) -> nn.Module:
         for spec in self.quantization_config.blocks.values():
-            first = spec["place"]["paths"][0]
-            swap(model, place_of(spec, _added(model, first)), empty_block(spec, dtype))
+            swap(model, place_of(spec, model), empty_block(spec, dtype))
         silenced = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         model._keys_to_ignore_on_load_unexpected = silenced | {  # type: ignore[assignment]
             rf"(^|\.){weight.replace('.', chr(92) + '.')}$" for weight in self._guards()
@@ -166,6 +167,13 @@ def _added(model: nn.Module, path: str) -> str:
     names = {name for name, _ in model.named_modules()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return prefix if path not in names and prefix + path in names else ""
+
+
+def _dropped(model: nn.Module, path: str) -> str:
+    """The same of a bare model and the names of one with a head."""
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return prefix if path not in names and path.removeprefix(prefix) in names else ""
 
 
 def attach(model: nn.Module, config: SkimpConfig) -> None:

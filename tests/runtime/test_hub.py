@@ -199,8 +199,9 @@ def test_a_bare_model_loads_under_a_head(folders):
         assert torch.equal(a.tau, b.tau)
     trunk = hf.AutoModel.from_pretrained(folders / "llama")
     whole = hf.AutoModelForCausalLM.from_pretrained(folders / "llama")
+    batch = ids()
     with torch.no_grad():
-        assert torch.equal(trunk(**ids())[0], whole.model(**ids())[0])
+        assert torch.equal(trunk(**batch)[0], whole.model(**batch)[0])
 
 
 def test_bfloat16(folders):
