@@ -16,6 +16,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 from ...ir.errors import CompileError
+from ..match import is_weight, turned_weight
+from ..match import router as matched
 from .kernels import DTYPES, few_rows, kernel, ops, unserved
 from .spec import LinearSpec, detect_isa
 
@@ -31,7 +33,8 @@ class Lowering(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Text of the generator: a change recompiles."""
-        files = sorted(Path(__file__).parent.iterdir())
+        here = Path(__file__).parent
+        files = [*sorted(here.iterdir()), here.parent / "match.py"]
         return get_hash_for_files(tuple(str(f) for f in files if f.is_file()))
 
 
@@ -59,7 +62,7 @@ def _block(graph: Graph, node: Node) -> bool:
     if unserved(*values):
         return False  # the op stays, and says at run time why it runs its reference
     x, scores, *others = node.args
-    router = _router(scores, x)
+    router = matched(scores, x)
     with graph.inserting_before(node):
         if router is None:
             call = graph.call_function(ops().dynk_ffn.default, node.args)
@@ -69,63 +72,11 @@ def _block(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _router(scores: Any, x: Any) -> tuple[Node, Node] | None:
-    """The two weights, if ``scores`` are what a router makes of ``x`` and nothing else needs."""
-    first = _step(scores, aten.abs.default)
-    up = first and _product(first)
-    second = up and _step(up[0], aten.relu.default)
-    down = second and _product(second)
-    if not up or not down or _unviewed(down[0]) is not _unviewed(x):
-        return None
-    return down[1], up[1]
-
-
-def _step(node: Any, target: Any) -> Node | None:
-    """The argument of ``node``, if it is a call of ``target``, views aside, with one user."""
-    node = _unviewed(node)
-    if not isinstance(node, Node) or node.target is not target or len(node.users) != 1:
-        return None
-    argument = _unviewed(node.args[0])
-    return argument if isinstance(argument, Node) and len(argument.users) == 1 else None
-
-
-def _product(node: Node) -> tuple[Any, Node] | None:
-    """``(x, w)``, if ``node`` is ``mm(x, w^T)`` of a weight."""
-    if node.target is not aten.mm.default:
-        return None
-    x, turned = node.args
-    w = _turned_weight(turned)
-    return None if w is None else (x, w)
-
-
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-
-
-def _unviewed(node: Any) -> Any:
-    while isinstance(node, Node) and node.target in _VIEWS:
-        node = node.args[0]
-    return node
-
-
-def _turned_weight(turned: Any) -> Node | None:
-    """``w``, if ``turned`` is its transpose, a contiguous matrix that the graph is given."""
-    if not isinstance(turned, Node) or turned.target is not aten.permute.default:
-        return None
-    w: Any = turned.args[0]
-    if not _is_weight(w) or turned.args[1] != [1, 0]:
-        return None
-    return w if w.meta["val"].dim() == 2 and w.meta["val"].is_contiguous() else None
-
-
-def _is_weight(node: Any) -> bool:
-    return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
-
-
 def _linear(graph: Graph, node: Node) -> bool:
     args: tuple[Any, ...] = node.args
     *bias, x, turned = args
-    w = _turned_weight(turned)
-    if w is None or (bias and not _is_weight(bias[0])) or node.kwargs:
+    w = turned_weight(turned)
+    if w is None or (bias and not is_weight(bias[0])) or node.kwargs:
         return False
     rows, weight = x.meta["val"], w.meta["val"]
     offset = bias[0].meta["val"] if bias else None

@@ -21,6 +21,7 @@ from .spec import (
     TritonSpec,
     default_tiles,
     grad_tiles,
+    score_tiles,
     selection_rows,
 )  # fmt: skip
 
@@ -28,6 +29,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx90a")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
                 "gfx90a": 65536}  # fmt: skip
 """Bytes of shared memory that one program may ask for."""
+
+WIDTH = 128
+"""Of routers, as conversions make them; part of the text of ``score`` only."""
 
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+")
@@ -126,6 +130,11 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
         add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, y=own,
                         rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
+    for rows in (1, FEW_ROWS):
+        tiles = score_tiles(spec, rows == 1)
+        sizes = {"W": WIDTH, "RP": rows, "BH": tiles.neurons, "BK": tiles.depth}
+        add("score", dict(x=own, down=own, up=own, sums=f32, scores=own, rows="i32"), sizes, tiles,
+            f"score-{rows}")  # fmt: skip
     block = selection_rows(spec, "masked")
     add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
     tiles = default_tiles(spec, "masked", MANY, hopper=hopper)

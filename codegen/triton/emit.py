@@ -105,10 +105,52 @@ def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, y, rows,
                 tl.store(y + column, v.to(y.dtype.element_ty), mask=column < $O)
 '''
 
+_SCORE = '''
+@triton.jit(do_not_specialize=["rows"])
+def score(x, down, up, sums, scores, rows, W: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr,
+          BK: tl.constexpr):
+    """scores [rows, $E] of a router: abs(relu(x down^T) up^T), with W hidden neurons.
+
+    A program takes BH of them. sums [rows, $E] and one float more, which counts programs that are
+    done, are zero on entry; the last program writes the scores. Both products are rounded to the
+    dtype of x, as they are where PyTorch computes them.
+    """
+    row = tl.arange(0, RP)
+    neuron = tl.program_id(0) * BH + tl.arange(0, BH)
+    h = tl.zeros([RP, BH], tl.float32)
+    for k in range(0, $D, BK):
+        inner = k + tl.arange(0, BK)
+        here = (inner < $D)[None, :]
+        a = tl.load(x + row[:, None] * $D + inner[None, :], mask=here & (row < rows)[:, None],
+                    other=0.0)
+        b = tl.load(down + neuron[:, None] * $D + inner[None, :],
+                    mask=here & (neuron < W)[:, None], other=0.0)
+        if RP == 1:
+            h += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
+        else:
+            h = tl.dot(a, tl.trans(b), h$precision)
+    h = tl.where(h < 0, 0.0, h).to(x.dtype.element_ty)
+    expert = tl.arange(0, $EP16)
+    real = (row < rows)[:, None] & (expert < $E)[None, :]
+    u = tl.load(up + expert[:, None] * W + neuron[None, :],
+                mask=(expert < $E)[:, None] & (neuron < W)[None, :], other=0.0)
+    if RP == 1:
+        part = tl.sum(h.to(tl.float32) * u.to(tl.float32), 1)[None, :]
+    else:
+        part = tl.dot(h, tl.trans(u)$precision)
+    at = row[:, None] * $E + expert[None, :]
+    tl.atomic_add(sums + at, part, mask=real, sem="relaxed")
+    tl.debug_barrier()  # all of this program's sums are on their way before it says so
+    if tl.atomic_add(sums + rows * $E, 1.0, sem="acq_rel") == tl.num_programs(0) - 1:
+        total = tl.load(sums + at, mask=real, other=0.0)
+        total = tl.where(total < 0, -total, total)
+        tl.store(scores + at, total.to(scores.dtype.element_ty), mask=real)
+'''
+
 
 def emit(spec: TritonSpec) -> str:
     """The complete module of one block: a selection, and every way of running what it selects."""
-    return _text(spec, [_HEAD, _FEW, BLOCKS, ROUTE, LISTS, PAIRS])
+    return _text(spec, [_HEAD, _FEW, _SCORE, BLOCKS, ROUTE, LISTS, PAIRS])
 
 
 def emit_grads(spec: TritonSpec) -> str:
@@ -124,6 +166,7 @@ def _text(spec: TritonSpec, parts: list[str]) -> str:
         "O": spec.d_out,
         "E": spec.experts,
         "EP": padded(spec.experts, 1),
+        "EP16": padded(spec.experts),
         "S": spec.expert_size,
         "precision": f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
         "act": textwrap.indent(_ACTS[spec.act], "    ").lstrip(),

@@ -10,7 +10,17 @@ from torch import Tensor
 from ...ir.op import reference
 from .emit import emit
 from .load import load
-from .spec import FEW_ROWS, MANY, SPAN, Tiles, TritonSpec, default_tiles, padded, selection_rows
+from .spec import (
+    FEW_ROWS,
+    MANY,
+    SPAN,
+    Tiles,
+    TritonSpec,
+    default_tiles,
+    padded,
+    score_tiles,
+    selection_rows,
+)
 
 
 def run(
@@ -83,6 +93,27 @@ def run(
         launch.walk("pairs", x, launch.lists(scores, tau, rows), [*first, w_out, sums])
         y = launch.finish(sums, b_out, x.dtype)
     return y.view(shape)
+
+
+def score(spec: TritonSpec, x: Tensor, down: Tensor, up: Tensor, *, traced: bool = False) -> Tensor:
+    """A router's scores of at most :data:`FEW_ROWS` rows, in one launch: ``[.., E]``.
+
+    Args:
+        spec: Of the block that it routes for.
+        x: Rows, ``[.., d]``.
+        down: First weight of the router, ``[width, d]``, in the dtype of ``x``.
+        up: Second weight, ``[E, width]``.
+        traced: See :func:`run`.
+    """
+    rows, width = math.prod(x.shape[:-1]), int(down.shape[0])
+    tiles = score_tiles(spec, rows == 1)
+    launch = Launch(spec, tiles, x.device, traced=traced)
+    scores = x.new_empty((*x.shape[:-1], spec.experts))
+    launch.kernel("score")[(cdiv(width, tiles.neurons),)](
+        x.contiguous(), down, up, launch.zeros(rows * spec.experts + 1), scores, rows,
+        W=width, RP=tiles.rows, BH=tiles.neurons, BK=tiles.depth, **launch.options,
+    )  # fmt: skip
+    return scores
 
 
 def stand_ins(w_in: Tensor, *others: Tensor | None) -> list[Tensor]:

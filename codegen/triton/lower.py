@@ -9,6 +9,7 @@ are left as they are, and so is a node that no kernel fits, which then runs, and
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from torch._inductor.pattern_matcher import (
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import Graph, Node
 
+from ..match import router
 from . import tuned
 from .kernels import followed_precision, plan_of, prepare
-from .launch import run
-from .spec import TritonSpec
+from .launch import run, score
+from .spec import FEW_ROWS, TritonSpec
 
 
 @torch.library.triton_op("skimp::dynk_ffn_triton", mutates_args=())
@@ -52,6 +54,31 @@ def dynk_ffn_triton(
     return run(spec, plan, x, scores, tau, *weights, tiles=tiles, traced=True)
 
 
+@torch.library.triton_op("skimp::routed_ffn_triton", mutates_args=())
+def routed_ffn_triton(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    tau: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    expert_size: int,
+    act: str,
+) -> Tensor:
+    """The op on the scores of a router, ``abs(relu(x down^T) up^T)``; for few rows."""
+    weights = (w_in, b_in, w_gate, b_gate, w_out, b_out)
+    shape = (*x.shape[:-1], up.shape[0])
+    spec = prepare(x, x.new_empty(shape), weights, expert_size, act)
+    assert isinstance(spec, TritonSpec), spec
+    scores = score(spec, x, down, up, traced=True)
+    plan, tiles = plan_of(spec, x)
+    return run(spec, plan, x, scores, tau, *weights, tiles=tiles, traced=True)
+
+
 class Lowering(CustomGraphPass):
     """The post-grad pass. Its identity holds all that the kernels it chooses depend on."""
 
@@ -67,20 +94,41 @@ class Lowering(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Rewrite a graph in place."""
         self._rules.apply(graph)
+        graph.eliminate_dead_code()  # routers that are part of a call now
 
     def uuid(self) -> Any:
         """Text of the generator, arithmetic, and what tuning found: a change of any recompiles."""
         here = Path(__file__).parent
-        files = sorted(str(p) for p in (*here.glob("*.py"), here.parent / "spec.py"))
+        files = sorted(
+            str(p) for p in (*here.glob("*.py"), here.parent / "spec.py", here.parent / "match.py")
+        )
         return get_hash_for_files(tuple(files), json.dumps([followed_precision(), tuned.state()]))
 
     def _replace(self, match: Match, *args: Any) -> None:
         self.lowered += 1
+        x, scores, *others = args
+        weights = _few_routed(x, scores)
+        op = torch.ops.skimp
         match.replace_by_example(
-            dispatch_functionalize(torch.ops.skimp.dynk_ffn_triton.default),
-            args,
+            dispatch_functionalize(
+                (op.routed_ffn_triton if weights else op.dynk_ffn_triton).default
+            ),
+            (x, *weights, *others) if weights else args,
             run_functional_passes=False,
         )
+
+
+def _few_routed(x: Node, scores: Node) -> tuple[Node, Node] | None:
+    """The weights of the router, if one launch can score the rows of a call."""
+    rows = math.prod(x.meta["val"].shape[:-1])
+    found = router(scores, x)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if found is None or deterministic or rows == 0 or rows > FEW_ROWS:
+        return None
+    if scores.meta["val"].shape[-1] > 1024:  # `score` holds all of a row's; more would spill
+        return None
+    same = all(w.meta["val"].dtype is x.meta["val"].dtype for w in found)
+    return found if same and scores.meta["val"].dtype is x.meta["val"].dtype else None
 
 
 def _fits(match: Match) -> bool:

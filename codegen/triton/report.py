@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .aot import Compiled
-from .spec import FEW_ROWS, ITEM_BYTES, SPAN, TritonSpec
+from .spec import ITEM_BYTES, SPAN, TritonSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,11 @@ def work(compiled: Compiled, rows: int, share: float) -> Work:
         ends = rows * (d + e + o) * i + rows * o * 4
         return Work(2 * rows * n * both, n * both * i + ends,
                     2 * rows * needed * both, needed * both * i + ends)  # fmt: skip
+    if function == "score":
+        w = c["W"]
+        ends = rows * (d + e) * i + rows * e * 4
+        return Work(2 * rows * n * (d + e), n * (d + e) * i + ends,
+                    2 * rows * w * (d + e), w * (d + e) * i + ends)  # fmt: skip
     if function in ("thresholds", "route"):
         rest = c.get("RESTS", 0)
         each = e * i + (4 if function == "thresholds" else 4 * e * (1 if rest else share))
@@ -108,8 +113,7 @@ def work(compiled: Compiled, rows: int, share: float) -> Work:
 
 def rows_of(compiled: Compiled, many: int) -> int:
     """Rows of a call for which to predict: of a kernel for few rows, as many as it is for."""
-    few = compiled.kernel.function == "few"
-    return min(compiled.kernel.constants["RP"], FEW_ROWS) if few else many
+    return compiled.kernel.constants.get("RP", many)
 
 
 def line(compiled: Compiled, many: int = 16384, share: float = 0.3) -> dict[str, Any]:

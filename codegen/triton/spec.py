@@ -136,6 +136,12 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int, *, hopper: bool = True
     )
 
 
+def score_tiles(spec: TritonSpec, one: bool) -> Tiles:
+    """Of ``score``: many programs, as few neurons as a product takes. Not measured."""
+    depth = min(padded(spec.d), 256 if one else 128)
+    return Tiles(1 if one else FEW_ROWS, 16, depth, 16, 4, 2)
+
+
 def grad_tiles(spec: TritonSpec) -> Tiles:
     """Of every kernel that differentiates: in 16 bits small enough not to spill, gated or not."""
     wide = spec.dtype == "float32"

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from skimp.codegen.triton import kernels as K
 from skimp.codegen.triton import tuned
 from skimp.codegen.triton.backward import differentiate, gradients
-from skimp.codegen.triton.launch import run
+from skimp.codegen.triton.launch import run, score
 from skimp.codegen.triton.spec import TritonSpec
 from skimp.codegen.triton.tune import plans, tune
-from skimp.ir import reference
+from skimp.ir import Router, reference
 from skimp.ir.op import reference_backward
 from triton.runtime import interpreter
 
@@ -161,6 +161,27 @@ def test_the_entry_point():
     assert torch.allclose(K.dynk_ffn_cuda(*args), want, atol=1e-5)
     torch.use_deterministic_algorithms(False)
     K._fallbacks.clear()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    d=st.integers(1, 300), experts=st.integers(1, 40), width=st.integers(1, 70),
+    rows=st.integers(1, 16), seed=st.integers(0, 99), dtype=st.sampled_from(list(TOLERANCE)),
+)  # fmt: skip
+def test_scores_of_a_router(d, experts, width, rows, seed, dtype):
+    torch.manual_seed(seed)
+    router = Router(d, width, experts).to(dtype).requires_grad_(False)
+    x = torch.randn(rows, d).to(dtype)
+    spec = TritonSpec("relu", False, False, False, False, 2, d, 2 * experts, 3,
+                      str(dtype).removeprefix("torch."))  # fmt: skip
+    down, up = router.down.weight.clone(), router.up.weight.clone()
+    got = score(spec, x, down, up)
+    want = router.double()(x.double())
+    assert got.dtype == dtype
+    assert (got >= 0).all()
+    assert (got.double() - want).norm() <= 2 * TOLERANCE[dtype] * want.norm().clamp_min(1e-3)
+    x[0, 0] = float("nan")
+    assert score(spec, x, down, up)[0].isnan().all()
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

@@ -23,6 +23,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn import functional as F
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/gpu.py runs it")
@@ -58,7 +59,7 @@ class Captured:
     """A graph of the op between two elementwise operations, as Inductor gets it."""
 
     def __init__(self, rows, e=128, d=64, d_ff=256, gated=False, dtype=torch.bfloat16,
-                 device="cuda", symbolic=False):  # fmt: skip
+                 device="cuda", symbolic=False, routed=False):  # fmt: skip
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, static_shapes=not symbolic)
 
@@ -77,13 +78,18 @@ class Captured:
                 x = torch.empty(n, d, dtype=dtype, device=device)
                 scores = torch.empty(n, d_ff // e, dtype=dtype, device=device)
         else:
-            scores = fake(rows, d_ff // e)
+            scores = fake(32, d) if routed else fake(rows, d_ff // e)
         gate = [fake(d_ff, d)] if gated else []
-        self.inputs = [x, scores, tau, fake(d_ff, d), *gate, fake(d_ff, d), fake(d)]
+        up = [fake(d_ff // e, 32)] if routed else []
+        self.inputs = [x, scores, tau, fake(d_ff, d), *gate, fake(d_ff, d), fake(d), *up]
 
         def block(x, scores, tau, w_in, *more):
+            x = x + 1
+            if routed:
+                *more, up = more
+                scores = F.linear(torch.relu(F.linear(x, scores)), up).abs()
             g = more[0] if gated else None
-            y = dynk_ffn(x + 1, scores, tau, w_in, None, g, None, *more[-2:], e, "silu")
+            y = dynk_ffn(x, scores, tau, w_in, None, g, None, *more[-2:], e, "silu")
             return (torch.relu(y) * 2,)
 
         with self.mode:
@@ -142,6 +148,17 @@ def test_the_op_becomes_its_kernels(name):
     assert captured.launched == kernels
     # every buffer is written where it lies: functionalising them cost no copy
     assert not kernels or torch.ops.aten.clone.default not in captured.targets
+
+
+@pytest.mark.parametrize(("rows", "fused"), [(1, True), (16, True), (17, False)])
+def test_the_router_of_few_rows_is_one_launch(rows, fused):
+    captured = Captured(rows=rows, routed=True).lower()
+    assert OP not in captured.targets
+    assert captured.launched == (["score", "few"] if fused else [])
+    assert (torch.ops.aten.abs.default in captured.targets) is not fused
+    if fused:
+        assert torch.ops.aten.mm.default not in captured.targets
+        assert "async_compile.triton('score" in captured.code()
 
 
 def test_products_that_sum_on_chip():
