@@ -86,7 +86,7 @@ def recipe(
         # Bounded in time too: on a slow machine it does less, not longer.
         Recover(
             share=max(0.05, share),
-            steps=2600 if thorough else 600,
+            steps=4000 if thorough else 600,
             seconds=1900 if thorough else 390,
         ),
         Budget(target=budget),
