@@ -20,9 +20,9 @@ ROWS = (1, 4, 16, 256, 2048)
 SHARES = (1.0, 0.5, 0.3, 0.2)
 
 
-def peak_flops(n=2048):
+def peak_flops(dtype, n=2048):
     """FLOPs per second of a square product, the best of several."""
-    a, b = torch.randn(n, n), torch.randn(n, n)
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -82,7 +82,7 @@ def main():
     torch.set_grad_enabled(False)
     dtype, e = getattr(torch, args.dtype), args.expert_size
     g = torch.Generator().manual_seed(0)
-    peak, reading = peak_flops(), bandwidth()
+    peak, reading = peak_flops(dtype), bandwidth()
     table = []
     for d, d_ff, gated in SHAPES[:1] if args.quick else SHAPES:
 

@@ -136,13 +136,13 @@ static void columns(const Args& a, Scratch& s, const int32_t* ids, long experts,
 // sizes[j]; `next` runs after these.
 template <bool PACK, class Rows>
 static void group(const Args& a, Scratch& s, const int32_t* ids, long experts, long count,
-                  const float* x, float* y, Rows rows_of, long next) {
+                  const operand* x, float* y, Rows rows_of, long next) {
   std::fill(s.counts, s.counts + count, 0);
   for (long j = 0; j < experts; j++) {
     const long e = ids[j], following = j + 1 < experts ? ids[j + 1] : next;
     const uint16_t* rows;
     const long n = rows_of(j, rows);
-    const float* from[BLOCK];
+    const operand* from[BLOCK];
     float *to[BLOCK], *gates[BLOCK];
     for (long i = 0; i < n; i++) {
       from[i] = x + rows[i] * D;
@@ -151,7 +151,7 @@ static void group(const Args& a, Scratch& s, const int32_t* ids, long experts, l
     }
     const long bytes = E * D * sizeof(stored), calls = n / 3;
     auto project = [&](const stored* w, float* const* out, Fetch fetch) {
-      if constexpr (PACK && sizeof(stored) == 2) {
+      if constexpr (PACK && sizeof(stored) < sizeof(operand)) {
         for (long i = 0; i < E * D; i++) s.packed.p[i] = widen(w[i]);
         neurons_of<E>(n, from, (const float*)s.packed.p, out, fetch);
       } else {
@@ -193,6 +193,18 @@ static void group(const Args& a, Scratch& s, const int32_t* ids, long experts, l
       }
 }
 
+constexpr bool WIDEN = sizeof(stored) < sizeof(operand);
+
+// Rows of x in the type of products: where they are, or in `wide`.
+static const operand* rows_as_operands(const stored* x, long rows, operand* wide) {
+  if constexpr (WIDEN) {
+    for (long i = 0; i < rows * D; i++) wide[i] = widen(x[i]);
+    return wide;
+  } else {
+    return (const operand*)x;
+  }
+}
+
 static int many_rows(const Args& a, int threads) {
   const long turns = (a.rows + threads * BLOCK - 1) / (threads * BLOCK);
   const long blocks = std::min(a.rows, turns * threads), block = (a.rows + blocks - 1) / blocks;
@@ -200,7 +212,8 @@ static int many_rows(const Args& a, int threads) {
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     Scratch s(block);
-    Buffer<float> y(block * D_OUT), wide(sizeof(stored) == 2 ? block * D : 1);
+    Buffer<float> y(block * D_OUT);
+    Buffer<operand> wide(WIDEN ? block * D : 1);
     Buffer<uint16_t> lists(EXPERTS * block + 1);
     Buffer<int32_t> sizes(EXPERTS), active(EXPERTS);
     if (!s.ok() || !y.p || !wide.p || !lists.p || !sizes.p || !active.p) {
@@ -223,10 +236,7 @@ static int many_rows(const Args& a, int threads) {
           active.p[some] = int32_t(e);
           some += sizes.p[e] > 0;
         }
-        const float* x = wide.p;
-        if constexpr (sizeof(stored) == 2)
-          for (long i = 0; i < count * D; i++) wide.p[i] = widen(a.x[first * D + i]);
-        else x = (const float*)(a.x + first * D);
+        const operand* x = rows_as_operands(a.x + first * D, count, wide.p);
         std::memset(y.p, 0, count * D_OUT * sizeof(float));
         for (long g = 0; g < some; g += EXPERTS_PER_GROUP) {
           const long n = std::min(EXPERTS_PER_GROUP, some - g);
@@ -249,9 +259,10 @@ static int many_rows(const Args& a, int threads) {
 
 static int few_rows(const Args& a, int threads) {
   const long size = a.rows * D_OUT;
-  Buffer<float> y(size * threads), x(sizeof(stored) == 2 ? a.rows * D : 1);
+  Buffer<float> y(size * threads);
+  Buffer<operand> wide(WIDEN ? a.rows * D : 1);
   Buffer<int32_t> active(EXPERTS);
-  if (!y.p || !x.p || !active.p) return 1;
+  if (!y.p || !wide.p || !active.p) return 1;
   float t[FEW];
   for (long r = 0; r < a.rows; r++) t[r] = threshold(a, r);
   long some = 0;
@@ -261,10 +272,7 @@ static int few_rows(const Args& a, int threads) {
     active.p[some] = int32_t(e);
     some += any;
   }
-  const float* from = x.p;
-  if constexpr (sizeof(stored) == 2)
-    for (long i = 0; i < a.rows * D; i++) x.p[i] = widen(a.x[i]);
-  else from = (const float*)a.x;
+  const operand* x = rows_as_operands(a.x, a.rows, wide.p);
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
@@ -285,7 +293,7 @@ static int few_rows(const Args& a, int threads) {
         return k;
       };
       const long next = g + n < end ? active.p[g + n] : active.p[g];
-      group<false>(a, s, active.p + g, n, a.rows, from, mine, rows_of, next);
+      group<false>(a, s, active.p + g, n, a.rows, x, mine, rows_of, next);
     }
 #pragma omp barrier
     for (long r = size * me / all; r < size * (me + 1) / all; r++) {

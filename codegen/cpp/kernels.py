@@ -31,8 +31,10 @@ ARGUMENTS: list[Any] = [
 ]  # fmt: skip
 """Of the compiled function: x, scores, tau, the weights, y, rows, few, threads."""
 
-LINEAR_ARGUMENTS: list[Any] = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32]
-"""The same of a linear layer: x, w, b, y, rows, threads."""
+LINEAR_ARGUMENTS: list[Any] = [
+    ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_void_p)] * 3, *[ctypes.c_int64] * 2, ctypes.c_int32
+]  # fmt: skip
+"""The same of linear layers: x, arrays of w, b and y, how many, rows, threads."""
 
 _fallbacks: dict[str, int] = {}
 
@@ -137,9 +139,12 @@ def _forms(
 
     if isinstance(spec, LinearSpec):
         b = zeros[: spec.d_out] if spec.bias else None
-        layers = cycle(_copies(lambda: (filled(spec.d_out, spec.d), b)))
+        copies = _copies(lambda: (filled(spec.d_out, spec.d), b))
+        layers = cycle(copies)
+        arrays = cycle([[_array(t) for t in (*c, y)] for c in copies])
+        kept = x, y, copies  # while arrays hold nothing but their addresses
         return (
-            lambda: run(*_pointers([x, *next(layers), y]), rows, threads),
+            lambda: run(kept[0].data_ptr(), *next(arrays), 1, rows, threads),
             lambda: F.linear(x, *next(layers)),  # type: ignore[arg-type]
         )
     scores = (torch.rand(rows, spec.d_ff // spec.expert_size) < 0.5).to(dtype)
@@ -166,6 +171,10 @@ def _copies(make: Callable[[], Weights]) -> list[Weights]:
     first = make()
     size = sum(t.nbytes for t in first if t is not None)
     return [first, *(make() for _ in range(min(100, 2**23 // size)))]
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return (ctypes.c_void_p * 1)(*_pointers([tensor]))
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> list[int | None]:

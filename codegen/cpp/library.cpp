@@ -142,23 +142,47 @@ static Tensor aten_linear(const Tensor& x, const Tensor& w, const Optional& b) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor linear(Tensor x_, Tensor w_, Optional b_) {
+// Layers of one shape that read the same x; `b_` holds a bias for each of them, or nothing.
+std::vector<Tensor> linears(Tensor x_, std::vector<Tensor> w_, std::vector<Tensor> b_) {
   const char* op = "skimp_cpu::linear";
-  STD_TORCH_CHECK(x_.dim() > 0 && w_.dim() == 2, op, ": w is no matrix");
-  const int64_t d = w_.size(1), d_out = w_.size(0), rows = d ? x_.numel() / d : 0;
-  const Kernel kernel = find("linear", {1, d, d_out, b_.has_value(),
+  const size_t count = w_.size();
+  STD_TORCH_CHECK(count && x_.dim() > 0 && w_[0].dim() == 2, op, ": w is no matrix");
+  STD_TORCH_CHECK(b_.empty() || b_.size() == count, op, ": not as many b as w");
+  const int64_t d = w_[0].size(1), d_out = w_[0].size(0), rows = d ? x_.numel() / d : 0;
+  const Kernel kernel = find("linear", {1, d, d_out, !b_.empty(),
                                         x_.scalar_type() == ScalarType::BFloat16});
-  if (!kernel.run || rows > kernel.few || rows == 0) return aten_linear(x_, w_, b_);
-  const Tensor x = dense(x_), w = dense(w_);
-  const Optional b = dense(b_);
-  check(x, w, {d_out, x.size(-1)}, op, "w");
-  if (b) check(x, *b, {d_out}, op, "b");
-  Tensor y = empty_like_rows_of(x, d_out);
-  typedef int (*Run)(const void*, const void*, const void*, void*, int64_t, int32_t);
-  const int failed = ((Run)kernel.run)(pointer(x), pointer(w), pointer(b), y.mutable_data_ptr(),
-                                       rows, int32_t(torch::stable::get_num_threads()));
+  std::vector<Tensor> y;
+  if (!kernel.run || rows > kernel.few || rows == 0) {
+    for (size_t i = 0; i < count; i++)
+      y.push_back(aten_linear(x_, w_[i], b_.empty() ? Optional() : Optional(b_[i])));
+    return y;
+  }
+  const Tensor x = dense(x_);
+  std::vector<const void*> w, b(count);
+  std::vector<void*> to;
+  for (size_t i = 0; i < count; i++) {
+    w_[i] = dense(w_[i]);
+    check(x, w_[i], {d_out, x.size(-1)}, op, "w");
+    w.push_back(pointer(w_[i]));
+    if (!b_.empty()) {
+      b_[i] = dense(b_[i]);
+      check(x, b_[i], {d_out}, op, "b");
+      b[i] = pointer(b_[i]);
+    }
+    y.push_back(empty_like_rows_of(x, d_out));
+    to.push_back(y[i].mutable_data_ptr());
+  }
+  typedef int (*Run)(const void*, const void* const*, const void* const*, void* const*, int64_t,
+                     int64_t, int32_t);
+  const int failed =
+      ((Run)kernel.run)(pointer(x), w.data(), b.data(), to.data(), int64_t(count), rows,
+                        int32_t(torch::stable::get_num_threads()));
   STD_TORCH_CHECK(!failed, op, ": no memory for the scratch of ", rows, " rows");
   return y;
+}
+
+Tensor linear(Tensor x, Tensor w, Optional b) {
+  return linears(x, {w}, b ? std::vector<Tensor>{*b} : std::vector<Tensor>{})[0];
 }
 
 // In place, with PyTorch's treatment of NaN.
@@ -195,9 +219,11 @@ STABLE_TORCH_LIBRARY(skimp_cpu, m) {
       "Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out, int expert_size, str act) -> "
       "Tensor");
   m.def("linear(Tensor x, Tensor w, Tensor? b) -> Tensor");
+  m.def("linears(Tensor x, Tensor[] w, Tensor[] b) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(skimp_cpu, CPU, m) {
   m.impl("dynk_ffn", TORCH_BOX(&dynk_ffn));
   m.impl("routed_ffn", TORCH_BOX(&routed_ffn));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linears", TORCH_BOX(&linears));
 }

@@ -1,7 +1,8 @@
 """The ops that lowered graphs call on CPU, in C++ on libtorch's stable ABI.
 
 ``skimp_cpu::dynk_ffn`` and ``skimp_cpu::linear`` compute what ``skimp::dynk_ffn`` and
-``aten::linear`` do, ``skimp_cpu::routed_ffn`` a block with its router. They are for inference:
+``aten::linear`` do, ``skimp_cpu::routed_ffn`` a block with its router, ``skimp_cpu::linears``
+several layers of one shape that read the same rows. They are for inference:
 without a gradient there is nothing of Python between a compiled graph and a kernel. The library is
 compiled once per machine.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .build import build
 
-OPS = ("dynk_ffn", "routed_ffn", "linear")
+OPS = ("dynk_ffn", "routed_ffn", "linear", "linears")
 
 
 class Found(ctypes.Structure):
@@ -57,6 +58,9 @@ def load(resolver: Resolver) -> ctypes.CDLL:
     _callbacks.append(_Resolve(resolve))
     library.skimp_resolve_with(_callbacks[-1])
     torch.library.register_fake("skimp_cpu::linear", lambda x, w, b: _rows(x, w.shape[0]))
+    torch.library.register_fake(
+        "skimp_cpu::linears", lambda x, ws, bs: [_rows(x, w.shape[0]) for w in ws]
+    )
     torch.library.register_fake(
         "skimp_cpu::dynk_ffn",
         lambda x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, *_: _rows(x, w_out.shape[1]),

@@ -7,12 +7,14 @@ import torch
 
 from ..spec import BlockSpec
 
+_AVX512 = ("-mavx512f", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512")
 FLAGS = {
-    "avx512": ("-mavx512f", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    "avx512_bf16": (*_AVX512, "-mavx512bw", "-mavx512bf16"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
-LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+LANES = {"avx512_bf16": 16, "avx512": 16, "avx2": 8, "portable": 4}
 
 
 class _Compiled:
@@ -32,7 +34,7 @@ class KernelSpec(_Compiled, BlockSpec):
     """Everything that is constant in the text of a kernel.
 
     Attributes:
-        isa: ``avx512``, ``avx2`` or ``portable``.
+        isa: ``avx512_bf16``, ``avx512``, ``avx2`` or ``portable``.
     """
 
     isa: str
@@ -46,7 +48,7 @@ class LinearSpec(_Compiled):
         d, d_out: Widths.
         bias: There is one.
         dtype: ``float32`` or ``bfloat16``, of the storage; accumulation is float32.
-        isa: ``avx512``, ``avx2`` or ``portable``.
+        isa: ``avx512_bf16``, ``avx512``, ``avx2`` or ``portable``.
     """
 
     d: int
@@ -72,5 +74,5 @@ def detect_isa() -> str:
     """The widest instruction set of this machine that kernels are written for."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512"):
-        return "avx512"
+        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
     return "avx2" if capability == "AVX2" else "portable"

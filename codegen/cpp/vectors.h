@@ -20,6 +20,14 @@ typedef uint16_t stored;
 typedef float stored;
 #endif
 
+// Products of two bfloat16 numbers where the CPU adds them up in float32 itself; elsewhere rows are
+// widened first.
+#if defined(STORAGE_BF16) && defined(__AVX512BF16__)
+typedef stored operand;
+#else
+typedef float operand;
+#endif
+
 static inline float widen(float v) { return v; }
 static inline float widen(uint16_t v) {
   uint32_t bits = uint32_t(v) << 16;
@@ -119,6 +127,22 @@ struct Fetch {
   }
 };
 
+template <int R, int N>
+static inline __attribute__((always_inline)) void sums(const vf (*a)[N], float* const* out) {
+  for (int r = 0; r < R; r++) {
+    int n = 0;
+#if defined(__AVX2__)
+    for (; n + 4 <= N; n += 4) {  // four sums at once
+      __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(fold(a[r][n]), fold(a[r][n + 1])),
+                                _mm256_hadd_ps(fold(a[r][n + 2]), fold(a[r][n + 3])));
+      _mm_storeu_ps(out[r] + n,
+                    _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    }
+#endif
+    for (; n < N; n++) out[r][n] = sum(a[r][n]);
+  }
+}
+
 // out[r][n] = x[r] . w[n], R rows by N neurons; the sums live in registers.
 template <int R, int N, class W>
 static inline __attribute__((always_inline)) void dots(const float* const* x, const W* w,
@@ -134,27 +158,42 @@ static inline __attribute__((always_inline)) void dots(const float* const* x, co
       for (int r = 0; r < R; r++) a[r][n] += v[r] * u;
     }
   }
+  sums<R, N>(a, out);
   constexpr long tail = D / LANES * LANES;
-  for (int r = 0; r < R; r++) {
-    int n = 0;
-#if defined(__AVX2__)
-    for (; n + 4 <= N; n += 4) {  // four sums at once
-      __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(fold(a[r][n]), fold(a[r][n + 1])),
-                                _mm256_hadd_ps(fold(a[r][n + 2]), fold(a[r][n + 3])));
-      _mm_storeu_ps(out[r] + n,
-                    _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-    }
-#endif
-    for (; n < N; n++) out[r][n] = sum(a[r][n]);
-    if (tail < D)
-      for (n = 0; n < N; n++)
+  if (tail < D)
+    for (int r = 0; r < R; r++)
+      for (int n = 0; n < N; n++)
         for (long k = tail; k < D; k++) out[r][n] += x[r][k] * widen(w[n * D + k]);
-  }
 }
 
+#if defined(STORAGE_BF16) && defined(__AVX512BF16__)
+template <int R, int N>
+static inline __attribute__((always_inline)) void dots(const stored* const* x, const stored* w,
+                                                       float* const* out) {
+  vf a[R][N];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) a[r][n] = vf{};
+  auto some = [&](long k, auto read) __attribute__((always_inline)) {
+    __m512bh v[R];
+    for (int r = 0; r < R; r++) v[r] = (__m512bh)read(x[r] + k);
+    for (int n = 0; n < N; n++) {
+      const __m512bh u = (__m512bh)read(w + n * D + k);
+      for (int r = 0; r < R; r++) a[r][n] = (vf)_mm512_dpbf16_ps((__m512)a[r][n], v[r], u);
+    }
+  };
+  constexpr long whole = D / 32 * 32;
+  for (long k = 0; k < whole; k += 32) some(k, [](const stored* p) { return _mm512_loadu_si512(p); });
+  if constexpr (whole < D) {
+    constexpr __mmask32 rest = (1u << (D - whole)) - 1;
+    some(whole, [](const stored* p) { return _mm512_maskz_loadu_epi16(rest, p); });
+  }
+  sums<R, N>(a, out);
+}
+#endif
+
 // E neurons for R rows.
-template <int R, long E, class W>
-static inline void neurons(const float* const* x, const W* w, float* const* out) {
+template <int R, long E, class X, class W>
+static inline void neurons(const X* const* x, const W* w, float* const* out) {
   // as many sums as there are registers for, beside the rows and a weight
   constexpr int N = R == 1   ? (E % 8 == 0 ? 8 : E % 6 == 0 ? 6 : 4)
                     : R == 2 ? 6
@@ -171,8 +210,8 @@ static inline void neurons(const float* const* x, const W* w, float* const* out)
 }
 
 // E neurons for any number of rows.
-template <long E, class W>
-static inline void neurons_of(long count, const float* const* x, const W* w, float* const* out,
+template <long E, class X, class W>
+static inline void neurons_of(long count, const X* const* x, const W* w, float* const* out,
                               Fetch fetch) {
   constexpr int R = LANES == 16 ? 6 : E % 4 == 0 ? 3 : 4;  // AVX-512 has twice the registers
   long r = 0;
