@@ -10,7 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from skimp.ir.measure import agree, compare
+from skimp.ir.measure import agree, compare, machine
 from skimp.passes.base import first_tensor
 from skimp.passes.data import embedded_text
 from skimp.runtime.demo import SHAPES, exactly
@@ -60,8 +60,7 @@ def main():
             )
             print(f"{batch:3} x {length:3}: speed of skimp against  {gains}", flush=True)
     result = {
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": machine(),
         "torch": torch.__version__,
         "rows": rows,
     }

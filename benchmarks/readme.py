@@ -55,8 +55,8 @@ def encoder():
         for n in names
         if r["speedup"][n]["median"] < 1
     ]
-    text = f"How fast the model of the demo is, {result['threads']} threads of "
-    text += f"{result.get('cpu', 'one machine')}, medians of interleaved runs with quartiles "
+    text = f"How fast the model of the demo is, {result['machine']}, medians of interleaved runs "
+    text += "with quartiles "
     text += "(`encoder.json`):\n\n"
     text += table(["batch x length", *(f"against {n}" for n in names)], rows)
     return text + f"\nskimp is slower at: {', '.join(slower) or 'none of these'}.\n"
@@ -71,9 +71,12 @@ def blocks():
         cells = [f"{line[s]['speedup']:.2f} [{line[s]['roofline']:.0%}]" for s in shares]
         shape = f"{line['rows']} rows, {kind}{line['d']}/{line['d_ff']}"
         rows.append([shape, line["baseline"], *cells])
-    text = "One block in float32 against the fastest of eager and compiled dense, scores drawn at "
-    text += "random, and in brackets the share of what memory bandwidth or the matrix product "
-    text += "allow (`block-float32.json`):\n\n"
+    text = "One block in float32 against the fastest of eager and compiled dense, "
+    text += (
+        f"{result['machine']}, scores drawn at random, and in brackets the share of what memory "
+    )
+    text += "bandwidth or PyTorch's matrix product allow (`block-float32.json`; "
+    text += "`block-float32-real.json` has a router's scores, `block-bfloat16.json` bfloat16):\n\n"
     return text + table(["", "against", *shares], rows)
 
 

@@ -1,15 +1,28 @@
 """Time calls against each other: interleaved, with spread, and never if outputs disagree."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import VerificationError
+
+
+def machine() -> str:
+    """The processor that figures are of: its name, widest vectors, and the threads in use."""
+    try:
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    except OSError:
+        names = []
+    name = names[0].partition(":")[2].strip() if names else platform.machine()
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} threads of {name} ({vectors})"
 
 
 @dataclass(frozen=True, slots=True)
