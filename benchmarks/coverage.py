@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from skimp.ir.cost import write_atomically
 from torch import nn
 from zoo import build, families, inputs
 
@@ -49,9 +50,10 @@ def linears(model: nn.Module, ran: set[str]) -> dict[str, tuple[int, int]]:
 def expected(model: nn.Module, ran: set[str]) -> dict[str, list[str]]:
     """Feed-forward networks by the module tree: the last linear to the one or two before it.
 
-    Partners share the parent; where none does, the parent of the parent.
+    Partners share the parent; where none does, the parent of the parent, if they follow each other.
     """
     found = linears(model, ran)
+    order = {path: i for i, path in enumerate(found)}
     pairs: dict[str, list[str]] = {}
     for down, (f, d) in found.items():
         if f == d:
@@ -63,11 +65,13 @@ def expected(model: nn.Module, ran: set[str]) -> dict[str, list[str]]:
                 for path, (i, o) in found.items()
                 if i == d and o in (f, 2 * f) and path.rsplit(".", up)[0] == home
             ]
+            if not near:
+                continue
             # one set of weights serves one network: of d -> f and f -> d the first is the entry
-            if near and list(found).index(near[0]) < list(found).index(down):
+            gap = order[down] - order[near[0 if up == 1 else -1]]
+            if gap > 0 and (up == 1 or gap == 1):
                 pairs[down] = near
-            if near:
-                break
+            break
     return pairs
 
 
@@ -182,14 +186,7 @@ def _short(r: dict[str, Any]) -> str:
 
 def store(results: dict[str, Any]) -> None:
     """Write what is known so far."""
-    from skimp.ir.cost import write_atomically
-
-    write_atomically(args_out(), json.dumps(results, indent=1, sort_keys=True).encode())
-
-
-def args_out() -> Path:
-    """Where results live."""
-    return RESULTS
+    write_atomically(RESULTS, json.dumps(results, indent=1, sort_keys=True).encode())
 
 
 def verdict(r: dict[str, Any]) -> str:
@@ -211,6 +208,82 @@ def summary(results: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {m: dict(c) for m, c in sorted(table.items())}
 
 
+_WORDS = {
+    "found": "every FFN found",
+    "partly": "some found",
+    "near miss": "none, with a reason",
+    "none": "none",
+    "no FFN": "has none of this form",
+    "not exported": "not exported",
+    "not built": "not built",
+    "no answer": "no answer",
+}
+
+
+_PAGE = """\
+# Which architectures are found
+
+Written by `benchmarks/coverage.py` from `benchmarks/results/coverage.json`. Every family of models
+that transformers ships is built short from its default config, exported with inputs made from its
+signature, and searched; neither skimp nor the benchmark knows one by name. What is found is held
+against a count that never sees the graph: pairs of linear modules d -> f -> d in the module tree,
+among the modules that ran.
+
+{table}
+A family that has none of this form is made of convolutions or state spaces, or keeps its experts in
+one tensor of three dimensions, so it is a mixture of experts already. One that is not built needs a
+package or a config of its own; one that is not exported needs inputs that its signature does not
+tell, or branches on values.
+
+## Sites beyond the count
+
+Networks d -> f -> d that the count does not see, since f = d or since their two linears are not
+siblings. Each was looked at: they are feed-forward networks.
+
+{extra}
+## What is not found, and why
+
+{missed}
+## What was not searched
+
+{silent}"""
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page of the docs, from the results."""
+    counts, kinds = summary(results), ("text", "vision", "audio", "other", "unknown")
+    columns = [w for w in _WORDS if any(w in counts.get(m, {}) for m in kinds)]
+    rows = []
+    for modality in (m for m in kinds if m in counts):
+        row = counts[modality]
+        hold = sum(row.get(w, 0) for w in ("found", "partly", "near miss", "none"))
+        share = f"{row.get('found', 0) / hold:.0%} of {hold}" if hold else "-"
+        name = "not known" if modality == "unknown" else modality
+        rows.append([name, *(str(row.get(w, 0)) for w in columns), share])
+    head = ["", *(_WORDS[w] for w in columns), "every FFN found, of those that hold one"]
+    extra, missed, silent = [], [], []
+    for kind, r in sorted(results.items()):
+        if sites := r.get("extra"):
+            extra.append([kind, ", ".join(f"`{p}` {w}" for p, w in sites.items())])
+        if verdict(r) in ("partly", "near miss", "none"):
+            path, reason = next(iter(r["missed"].items()))
+            missed.append([kind, f"{r['found']} of {r['expected']}", f"`{path}`", reason])
+        if r["status"] != "searched":
+            reason = r["reason"].split(" | ")[-1].replace("|", "/").replace("\n", " ")
+            silent.append([kind, r["status"], f"`{reason[:160]}`"])
+    return _PAGE.format(
+        table=_table(head, rows),
+        extra=_table(["family", "sites"], extra) if extra else "None.\n",
+        missed=_table(["family", "found", "first that is missed", "reason"], missed),
+        silent=_table(["family", "", "reason"], silent),
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1e9, help="stop starting after so long")
@@ -230,6 +303,7 @@ def main() -> None:
         or (kind in results and verdict(results[kind]) in args.again)
     }
     run(todo, results, args)
+    write_atomically(TABLE, page(results).encode())
     if args.json:
         print(json.dumps(results))
         return

@@ -22,11 +22,10 @@ from skimp.passes.convert import convert
 from skimp.passes.data import embedded_text
 from skimp.passes.lift import blocks
 from skimp.passes.project import Project
-from skimp.passes.quality import evaluate
+from skimp.passes.quality import evaluate, whole_model_flops
 from skimp.passes.recover import Recover
 from skimp.passes.route import Route, Split
 from skimp.passes.sparsify import Relufy, Sparsify
-from skimp.runtime.demo import whole_model_flops
 from skimp.runtime.language import best_neurons, perplexity, wikitext2, windows
 from skimp.runtime.models import DECODER, load_pretrained
 
@@ -71,9 +70,10 @@ def frontier(done, context, text, shares, log):
         for share, taus in zip(shares, taus_at(done.model, context, shares), strict=True):
             set_tau(done.model, taus)
             quality = evaluate(done.model, context, context.held_out)
-            whole = whole_model_flops(done, context.held_out[0], quality.experts)["whole_share"]
+            batch = context.held_out[0]
+            whole = whole_model_flops(done.teacher, done.model, batch, quality.experts)
             ppl = perplexity(done.model, text)
-            add("converted", share, quality.flops, 1 - whole, ppl, quality.distance)
+            add("converted", share, quality.flops, whole["whole_share"], ppl, quality.distance)
     return rows
 
 

@@ -99,6 +99,27 @@ def shorten(fields: dict[str, Any]) -> dict[str, Any]:
 
 def inputs(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the model may be called with, likeliest first, each with its modality."""
+    for modality, batch in _inputs(model):
+        yield modality, batch | _required(model, batch)
+
+
+def _required(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without a default that a batch lacks, made like what it holds."""
+    tensors = [v for v in batch.values() if isinstance(v, torch.Tensor)]
+    made: dict[str, Any] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if name in batch or parameter.default is not parameter.empty or not tensors:
+            continue
+        if name.endswith("input_ids"):
+            made[name] = torch.ones(2, 16, dtype=torch.int64)
+        elif name.startswith("prompt") and tensors[0].dim() == 4:  # an image and its picture
+            made[name] = tensors[0].clone()
+        elif name.endswith(("mask", "padding")):
+            made[name] = torch.ones(tensors[0].shape[:2], dtype=torch.int64)
+    return made
+
+
+def _inputs(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     names = inspect.signature(model.forward).parameters
     main = model.main_input_name
     modality = _MODALITY.get(main, "other")

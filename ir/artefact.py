@@ -58,6 +58,8 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
                 router_width=b.router.down.out_features,
                 dense=b.dense,
                 linear=b.linear,
+                predicts=b.router.predicts,
+                top=b.router.top,
             )
             for name, b in model.named_modules()
             if isinstance(b, DynkFFN)
@@ -146,6 +148,8 @@ def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
         width, experts = int(settings["router_width"]), block.experts
         if block.router.up.weight.shape != (experts, width):
             block.router = type(block.router)(block.d, width, experts).to(block.w_in.dtype)
+        block.router.predicts = str(settings.get("predicts", "norms"))
+        block.router.top = int(settings.get("top", 0))
     try:
         with torch.no_grad():
             model.load_state_dict(state)

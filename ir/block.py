@@ -1,5 +1,7 @@
 """The dynamic-k block: a router and the experts it chooses from; and what it may replace."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,26 +9,55 @@ from torch.nn import functional as F
 from . import op
 from .errors import BadWeightsError
 
+PREDICTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "norms": (torch.relu, torch.abs),
+    "activations": (torch.tanh, torch.sigmoid),
+}
+"""What a router predicts: its activation, and how what it computes becomes a score."""
+
 
 class Router(nn.Module):
-    """Predict the L2 norm of each expert's output (D2DMoE, section 3.2).
+    """Score the experts of each row.
 
-    Linear(d, width) -> ReLU -> Linear(width, E) -> abs, without biases.
+    Linear(d, width) -> ReLU -> Linear(width, E) -> abs, without biases, predicts the L2 norm of
+    each expert's output (D2DMoE, section 3.2). With tanh in place of ReLU and sigmoid in place of
+    abs, it predicts how active each expert is, as a share of the most active (MoEfication, arXiv
+    2110.01786, section 3.3).
 
     Args:
         d: Width of the input row.
         width: Hidden width.
         experts: Number of experts, E.
+
+    Attributes:
+        predicts: A key of :data:`PREDICTIONS`.
+        top: Static selection: so many experts of each row score 1, the others 0, so that any
+            threshold above 0 runs the same number for every row (MoEfication). 0: the scores
+            themselves, for dynamic-k.
     """
 
     def __init__(self, d: int, width: int, experts: int) -> None:
         super().__init__()
         self.down = nn.Linear(d, width, bias=False)
         self.up = nn.Linear(width, experts, bias=False)
+        self.predicts = "norms"
+        self.top = 0
+
+    def predict(self, x: Tensor) -> Tensor:
+        """What training compares with the labels before it becomes a score, ``[.., E]``."""
+        return self.up(PREDICTIONS[self.predicts][0](self.down(x)))  # type: ignore[no-any-return]
+
+    def score(self, x: Tensor) -> Tensor:
+        """The scores before any static selection: ``[.., d] -> [.., E]``, non-negative."""
+        return PREDICTIONS[self.predicts][1](self.predict(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Score the experts: ``[.., d] -> [.., E]``, non-negative."""
-        return self.up(torch.relu(self.down(x))).abs()  # type: ignore[no-any-return]
+        scores = self.score(x)
+        if not self.top:
+            return scores
+        best = scores.topk(self.top, -1).indices
+        return torch.zeros_like(scores).scatter(-1, best, 1.0)
 
 
 class Projection(nn.Module):
@@ -153,6 +184,11 @@ class DynkFFN(nn.Module):
     def d(self) -> int:
         """Width of the input row."""
         return int(self.w_in.shape[1])
+
+    @property
+    def weight(self) -> Tensor:
+        """What code that asks a linear layer for its dtype or device may look at."""
+        return self.w_in
 
     @property
     def d_ff(self) -> int:

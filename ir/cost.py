@@ -86,6 +86,13 @@ def dense_flops(place: DynkFFN | Projection) -> float:
     return evaluate("dense_flops", place)
 
 
+def spent_flops(place: DynkFFN | Projection, k: float | None = None) -> float:
+    """FLOPs per row of what is there now, the router included, at ``k`` experts per row."""
+    if isinstance(place, Projection) or place.dense:
+        return dense_flops(place)
+    return evaluate("flops", place, k=k)
+
+
 def ffn_share(chosen: Mapping[str, float], places: Mapping[str, DynkFFN | Projection]) -> float:
     """FLOPs of the blocks, routers included, as a share of what they replace.
 
@@ -95,13 +102,7 @@ def ffn_share(chosen: Mapping[str, float], places: Mapping[str, DynkFFN | Projec
             dense.
     """
     dense = sum(dense_flops(p) for p in places.values())
-    spent = sum(
-        dense_flops(p)
-        if isinstance(p, Projection) or p.dense
-        else evaluate("flops", p, k=chosen[name])
-        for name, p in places.items()
-    )
-    return spent / dense
+    return sum(spent_flops(p, chosen.get(name)) for name, p in places.items()) / dense
 
 
 def cache_dir() -> Path:

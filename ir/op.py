@@ -18,9 +18,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x).square(),
     "identity": lambda x: x,
 }
-"""Activations by their name in the op. ``gelu`` is the exact form (erf)."""
+"""Activations by their name in the op. ``gelu`` is the exact form (erf); ``relu2`` is squared."""
 
 _CPU_KERNELS: list[Callable[..., Tensor]] = []
 _CUDA_KERNELS: list[Callable[..., Tensor]] = []

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..ir.site import FFNSite, Miss, ProjectionSite
-from .find import ELEMENTWISE, Linear, as_linear
+from .find import ELEMENTWISE
+from .linear import Linear, as_linear
 
 aten = torch.ops.aten
 

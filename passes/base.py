@@ -1,6 +1,8 @@
 """What a pass is, and what it works with."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
@@ -186,7 +188,7 @@ class Pass:
 
 def capture(
     gm: nn.Module,
-    data: Sequence[Batch],
+    data: Iterable[Batch],
     limit: int | None = None,
     names: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
@@ -215,7 +217,7 @@ def capture(
 
 def watch(
     gm: nn.Module,
-    data: Sequence[Batch],
+    data: Iterable[Batch],
     look: Callable[[str, Any, Tensor], None],
     names: Sequence[str] | None = None,
 ) -> Iterator[tuple[Batch, Any]]:
@@ -329,3 +331,28 @@ def trainable(gm: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[Non
         yield
     finally:
         gm.requires_grad_(False)
+
+
+def paced(steps: int, seconds: float) -> Iterator[tuple[int, float]]:
+    """Count steps until they, or the time, are spent: each with the fraction that is behind it."""
+    start = time.monotonic()
+    for step in range(steps):
+        fraction = max(step / steps, (time.monotonic() - start) / seconds)
+        if fraction >= 1:
+            return
+        yield step, fraction
+
+
+def learning_rate(step: int, fraction: float) -> float:
+    """Share of the peak: up over 20 steps, then along a cosine to a twentieth."""
+    return min(1.0, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * fraction))
+
+
+def embedding_weights(gm: GraphModule) -> set[int]:
+    """Ids of tables that a lookup reads: large, touched rarely by a short run, best left alone."""
+    found = set()
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[0].op == "get_attr":
+            owner, _, leaf = str(node.args[0].target).rpartition(".")
+            found.add(id(getattr(gm.get_submodule(owner), leaf)))
+    return found

@@ -1,8 +1,9 @@
 """Choose the thresholds: how much to spend, or how much quality to keep.
 
 One knob, the share of experts that run, sets the tau of every block: the quantile of the block's
-own scores, relative to each row's largest, at that share. A single tau for all blocks would spend
-on the blocks with flat scores rather than on those that need it.
+own scores, relative to each row's largest, at that share, or at the one it is allotted. A single
+tau for all blocks would spend on the blocks with flat scores rather than on those that need it.
+Static selection has no threshold: the best experts of every row run, as many as the share says.
 """
 
 import re
@@ -16,10 +17,10 @@ from torch.fx import GraphModule
 
 from ..ir.cost import dense_flops
 from ..ir.cost import evaluate as cost
+from .allot import allot, options, relative, relative_quantile
 from .base import Context, Pass, PassResult, capture, kl_divergence
 from .lift import blocks, lifted_layers
 from .quality import evaluate
-from .recover import relative, relative_quantile
 
 _TARGET = re.compile(r"\s*(cosine|flops|kl)\s*(>=|<=)\s*(0?\.\d+|1(?:\.0*)?|0)\s*")
 
@@ -65,16 +66,45 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float] | Sequence[float]
     with torch.no_grad():
         for name, value in values.items():
             found[name].tau.fill_(value)
+            found[name].router.top = 0
 
 
-def taus_at(gm: GraphModule, context: Context, shares: Sequence[float]) -> list[dict[str, float]]:
-    """Thresholds of every block at which each of the shares of its experts runs."""
+def set_top(model: nn.Module, share: float) -> None:
+    """Run the same number of experts for every row, those that score best, in place of a tau.
+
+    Args:
+        model: A converted model.
+        share: Of each block's experts; at least one runs.
+    """
+    for block in blocks(model).values():
+        block.router.top = min(block.experts, max(1, round(share * block.experts)))
+        with torch.no_grad():
+            block.tau.fill_(1.0)
+
+
+def taus_at(
+    gm: GraphModule, context: Context, shares: Sequence[float], *, even: bool = True
+) -> list[dict[str, float]]:
+    """Thresholds of every block at which each of the shares of all experts runs.
+
+    Args:
+        gm: A graph with blocks whose routers are trained.
+        context: Of which the held-out data is looked at.
+        shares: For each of which thresholds are returned.
+        even: The same share in every block; else as :mod:`.allot` gives it to each.
+    """
     inputs = capture(gm, context.held_out, 8192)
     result: list[dict[str, float]] = [{} for _ in shares]
+    if even:
+        wanted = [dict.fromkeys(inputs, share) for share in shares]
+    else:
+        found = options(gm, context)
+        wanted = [allot(found, share) for share in shares]
     for name, block in blocks(gm).items():
         with torch.no_grad():
-            ratio = relative(block.router(inputs[name]))
-        for taus, share in zip(result, shares, strict=True):
+            ratio = relative(block.router.score(inputs[name]))
+        for taus, by_name in zip(result, wanted, strict=True):
+            share = by_name[name]
             exact = relative_quantile(ratio, share, sample=4096)
             taus[name] = 0.0 if share >= 1 else min(1.0, float(exact))
     return result
@@ -88,11 +118,16 @@ class Budget(Pass):
         target: ``flops <= x`` (of what is converted, routers included), ``cosine >= x``, or
             ``kl <= x`` of a language model (nats per token).
         tolerance: Of the share, where a search ends.
+        static: Run the same number of experts for every row, as MoEfication does, not those that
+            reach a threshold.
+        even: The same share in every block; else as :mod:`.allot` gives it to each.
     """
 
     name: ClassVar[str] = "budget"
     target: str = "flops <= 0.55"
     tolerance: float = 0.01
+    static: bool = False
+    even: bool = True
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Set the thresholds of ``gm``."""
@@ -106,8 +141,10 @@ class Budget(Pass):
             low = high = max(0.0, wanted - margin - _router_share(gm))
         while True:
             share = (low + high) / 2
-            taus = taus_at(gm, context, [share])[0]
-            set_tau(gm, taus)
+            if self.static:
+                set_top(gm, share)
+            else:
+                set_tau(gm, taus_at(gm, context, [share], even=self.even)[0])
             quality = evaluate(gm, context, context.held_out)
             tried.append(
                 dict(
@@ -136,6 +173,7 @@ class Budget(Pass):
                 high = share
             else:
                 low = share
+        taus = {name: float(b.tau) for name, b in blocks(gm).items()}
         return PassResult(gm, True, {"tau": taus, "tried": tried})
 
 

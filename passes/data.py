@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,6 +54,20 @@ def embedded_text(min_chars: int = 40, max_chars: int = 1000) -> tuple[str, ...]
     return tuple(sorted(kept, key=lambda p: hashlib.sha256(p.encode()).digest()))
 
 
+def data_file(*parts: str) -> Path:
+    """A file of the data folder: ``$SKIMP_DATA``, by default ``shared/data`` beside the repository.
+
+    Raises:
+        CalibrationError: It is not there.
+    """
+    root = os.environ.get("SKIMP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(root, *parts)
+    if not path.is_file():
+        name = "/".join(parts)
+        raise CalibrationError(f"{path} is missing; set SKIMP_DATA to a folder that holds {name}")
+    return path
+
+
 def hold_out(passages: Sequence[str], count: int) -> tuple[list[str], list[str]]:
     """Split into (training, held-out) passages; ``count`` are held out.
 
@@ -74,6 +89,7 @@ def batches(
     max_length: int = 128,
     batch_tokens: int = 2048,
     seed: int | None = 0,
+    labels: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Tokenise and group passages of like length, so that little is padding.
 
@@ -83,13 +99,18 @@ def batches(
         max_length: Longer passages are cut, in tokens.
         batch_tokens: Upper bound of rows times columns of a batch.
         seed: Shuffles the order of batches; ``None`` keeps passages in the order given.
+        labels: One per passage, for the loss of a classifier: the entry ``labels``.
 
     Raises:
-        CalibrationError: No passage has a token.
+        CalibrationError: No passage, or not one label for each.
     """
     if not passages:
         raise CalibrationError("the calibration set is empty; give at least a few hundred passages")
     encoded = tokenizer(list(passages), truncation=True, max_length=max_length)
+    if labels is not None:
+        if len(labels) != len(passages):
+            raise CalibrationError(f"{len(labels)} labels do not fit {len(passages)} passages")
+        encoded[LABELS] = list(labels)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = list(range(len(passages)))
     if seed is not None:

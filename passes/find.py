@@ -3,9 +3,9 @@
     x -> linear ---------> f ------> linear -> y          plain:  f(u) = act(u)
     x -> linear, linear -> f(u, g) -> linear -> y         gated:  f(u, g) = act(g) * u
 
-The linears are ``aten.linear`` or the ``aten.addmm`` of a Conv1D; a gated pair may be one linear
-cut in half. ``f`` may be spelled in any elementwise ops: it is run on numbers and compared with
-each activation that the op knows, so a GELU written out in eight ops is still a GELU.
+A gated pair may be one linear cut in half. ``f`` may be spelled in any elementwise ops: it is run
+on numbers and compared with each activation that the op knows, so a GELU written out in eight ops
+is still a GELU.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from ..ir.op import ACTIVATIONS
 from ..ir.site import FFNSite, Miss, ProjectionSite
+from .linear import Linear, as_linear
 
 aten = torch.ops.aten
 
@@ -31,6 +32,11 @@ ELEMENTWISE = {
     aten.leaky_relu.default, aten.elu.default, aten.hardswish.default, aten.hardtanh.default,
     aten.mish.default, aten.softplus.default, aten.relu6.default, aten.relu_.default,
     aten.silu_.default,
+}  # fmt: skip
+_ACTIVATIONS = {
+    aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default,
+    aten.silu_.default, aten.leaky_relu.default, aten.elu.default, aten.hardswish.default,
+    aten.mish.default, aten.softplus.default, aten.relu6.default,
 }  # fmt: skip
 # The same numbers in the same last dimension: looked through, and skipped when f is run.
 _TRANSPARENT = {
@@ -64,19 +70,6 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """A linear layer of a graph, however it is spelled."""
-
-    node: Node
-    x: Node
-    weight: str
-    bias: str | None
-    transposed: bool
-    d_in: int
-    d_out: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Source:
     """An input of ``f``: a linear, or the first or second half of one."""
 
@@ -104,6 +97,8 @@ def find(gm: GraphModule) -> Found:
         gm: A graph of aten ops, as :func:`skimp.passes.trace.trace` makes it.
     """
     linears = {n: lin for n in gm.graph.nodes if (lin := as_linear(gm, n)) is not None}
+    for product in [lin.product for lin in linears.values() if lin.product is not None]:
+        del linears[product]  # one layer, not two
     sites: list[FFNSite] = []
     misses: list[Miss] = []
     for down in linears.values():
@@ -122,8 +117,8 @@ def _check(down: Linear, linears: dict[Node, Linear]) -> FFNSite | Miss | None:
         return None  # not an activation between linears, or two linears in a row
     nodes = tuple(n.name for n in (*between.sources, *between.nodes, down.node))
     if between.stranger is not None:
-        if len(between.sources) + len(between.nodes) < 3:
-            return None  # an ordinary projection whose input was scaled or added to
+        if not _shaped(between, down):
+            return None  # an ordinary projection, as of the sum that a norm has scaled
         what = getattr(between.stranger.target, "__name__", between.stranger.target)
         return Miss(f"{what} feeds the hidden activations; only elementwise ops may", nodes)
     sources = list(between.sources.values())
@@ -140,7 +135,10 @@ def _check(down: Linear, linears: dict[Node, Linear]) -> FFNSite | Miss | None:
             "feed-forward network",
             nodes,
         )
+    if (later := _fires_again(down.node)) is not None:
+        return Miss(f"its output goes into {later.name} alone: a part of a deeper network", nodes)
     inside = {*between.nodes, *between.sources, *(s.linear.node for s in sources)}
+    inside |= {down.product} if down.product is not None else set()
     for node in inside:
         if outside := [u for u in node.users if u not in inside and not _feeds(u, down, inside)]:
             return Miss(f"{node.name} is also read by {outside[0].name}", nodes)
@@ -154,6 +152,24 @@ def _check(down: Linear, linears: dict[Node, Linear]) -> FFNSite | Miss | None:
     if act == "identity" and gate is None:
         return None
     return _site(down, between, act, gate)
+
+
+def _shaped(between: _Between, down: Linear) -> bool:
+    """Whether what was found would be a network if nothing else fed it."""
+    sources = list(between.sources.values())
+    return (
+        len({s.linear.x for s in sources}) == 1
+        and all(s.width == down.d_in for s in sources)
+        and sources[0].linear.d_in == down.d_out != down.d_in
+    )
+
+
+def _fires_again(node: Node) -> Node | None:
+    """The activation that alone reads a node."""
+    users = list(node.users)
+    while len(users) == 1 and users[0].target in _TRANSPARENT:
+        users = list(users[0].users)
+    return users[0] if len(users) == 1 and users[0].target in _ACTIVATIONS else None
 
 
 def _site(down: Linear, between: _Between, act: str, gate: Node | None) -> FFNSite:
@@ -180,36 +196,6 @@ def _site(down: Linear, between: _Between, act: str, gate: Node | None) -> FFNSi
         transposed=down.transposed,
         fused=fused,
     )
-
-
-def as_linear(gm: GraphModule, node: Node) -> Linear | None:
-    """The linear layer that a node computes, or ``None``."""
-    if node.op != "call_function":
-        return None
-    x: Any
-    weight: Any
-    bias: Any = None
-    args: Any = node.args
-    if node.target is aten.linear.default:
-        x, weight, *rest = args
-        bias, transposed = (rest[0] if rest else node.kwargs.get("bias")), False
-    elif node.target is aten.addmm.default and not node.kwargs:
-        (bias, x, weight), transposed = args, True
-    else:
-        return None
-    w = _parameter(gm, weight)
-    if w is None or (bias is not None and _parameter(gm, bias) is None):
-        return None
-    assert isinstance(x, Node)
-    d_in, d_out = w.shape if transposed else reversed(w.shape)
-    return Linear(node, x, weight.target, bias and bias.target, transposed, d_in, d_out)
-
-
-def _parameter(gm: GraphModule, node: Any) -> Tensor | None:
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    value = operator.attrgetter(str(node.target))(gm)
-    return value if isinstance(value, Tensor) else None
 
 
 def _walk_back(down: Linear, linears: dict[Node, Linear]) -> _Between:
@@ -250,7 +236,21 @@ def _source(node: Node, linears: dict[Node, Linear]) -> _Source | None:
         last = len(node.args) > 2 and node.args[1] in (-1, _rank(node) - 1)
         if whole is not None and last and _width(node) * 2 == whole.d_out:
             return _Source(whole, 0 if node.args[2] in (0, None) else 1)
+    if node.target is aten.select.int and isinstance(node.args[0], Node):  # of [.., 2, d_ff]
+        halves, dim, index = node.args
+        assert isinstance(halves, Node)
+        whole = linears.get(_origin(halves))
+        last = dim in (-2, _rank(node) - 1) and _value(halves).shape[dim] == 2
+        if whole is not None and last and _width(node) * 2 == whole.d_out:
+            return _Source(whole, index)  # type: ignore[arg-type]
     return None
+
+
+def _origin(node: Node) -> Node:
+    """Look through every reshape."""
+    while node.target in _TRANSPARENT:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _through(node: Node) -> Node:

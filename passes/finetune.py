@@ -2,12 +2,12 @@
 
     loss(outputs, batch) + alpha * mean over blocks of Hoyer(h)
 
-All weights learn, end to end and with every expert running. Sparsify comes before: it repairs what
-the change of activation broke, without labels and far more cheaply, so this starts near the task.
+All weights but tables of embeddings learn, end to end and with every expert running. Sparsify
+comes before: it repairs what the change of activation broke, without labels and far more cheaply,
+so this starts near the task.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from itertools import cycle
 from typing import ClassVar
@@ -18,7 +18,20 @@ from torch.fx import GraphModule
 
 from ..ir.block import DynkFFN
 from ..ir.errors import CalibrationError
-from .base import Context, Pass, PassResult, call, hoyer, real_rows, replaced, task_loss, trainable
+from .base import (
+    Context,
+    Pass,
+    PassResult,
+    call,
+    embedding_weights,
+    hoyer,
+    learning_rate,
+    paced,
+    real_rows,
+    replaced,
+    task_loss,
+    trainable,
+)
 from .data import real_tokens
 from .lift import blocks
 
@@ -67,21 +80,20 @@ class Finetune(Pass):
             raise CalibrationError("finetune needs the task's loss: convert(..., loss=...)")
         watched = {name: _Watched(b) for name, b in blocks(gm).items()}
         routers = {id(p) for w in watched.values() for p in w.block.router.parameters()}
-        body = [p for p in gm.parameters() if id(p) not in routers]
-        optimizer = torch.optim.AdamW(body, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.0)
-        stream, start = cycle(context.train), time.monotonic()
+        left = routers | embedding_weights(gm)
+        body = [p for p in gm.parameters() if id(p) not in left]
+        optimizer = torch.optim.AdamW(
+            body, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+        stream = cycle(context.train)
         stats: dict[str, float] = {}
         with trainable(gm, body), replaced(gm, dict(watched)):
-            for step in range(self.steps):
-                fraction = max(step / self.steps, (time.monotonic() - start) / self.seconds)
-                if fraction >= 1:
-                    break
+            for step, fraction in paced(self.steps, self.seconds):
                 batch = next(stream)
                 for w in watched.values():
                     w.mask = real_tokens(batch)
                 for group in optimizer.param_groups:
-                    warm = min(1.0, (step + 1) / 20)
-                    group["lr"] = self.lr * warm * (0.525 + 0.475 * math.cos(math.pi * fraction))
+                    group["lr"] = self.lr * learning_rate(step, fraction)
                 task = task_loss(context, call(gm, batch), batch)
                 density = torch.stack([w.hoyer for w in watched.values()]).mean()
                 alpha = self.alpha * min(1.0, 2 * fraction + 0.02)  # the paper's linear warm-up

@@ -1,6 +1,6 @@
 """Put the blocks of a converted graph into the module tree that the graph came from.
 
-    mlp = DynkFFN                       where a module is the whole site
+    mlp, q_proj = DynkFFN               where a module is the whole site
     dense, output.dense = Lead, Follow  where only its linears are modules of their own
 
 The first linear then computes the block, the last gives out the result, and what the model does to
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..ir.block import DynkFFN
+from ..ir.block import DynkFFN, Projection
 from ..ir.errors import NothingToConvertError, VerificationError
-from ..ir.site import FFNSite
+from ..ir.site import FFNSite, ProjectionSite
 from .base import first_tensor
 from .convert import traceable
 from .lift import blocks
@@ -98,9 +98,16 @@ def graft(gm: GraphModule, model: nn.Module, example: Mapping[str, Any]) -> nn.M
     found = located(gm)
     tree = copy.deepcopy(model).eval()
     tree.requires_grad_(False)
-    for name, (_, place) in found.items():
-        swap(tree, place, copy.deepcopy(gm.get_submodule(name)))  # type: ignore[arg-type]
     trained = gm.state_dict()
+    for name, (site, place) in found.items():
+        part = gm.get_submodule(name)
+        if isinstance(part, DynkFFN):
+            swap(tree, place, copy.deepcopy(part))
+        elif isinstance(part, Projection) and isinstance(site, ProjectionSite):  # stayed linear
+            weight = part.weight.detach()
+            trained[site.weight] = weight.T if site.transposed else weight
+            if site.bias is not None and part.bias is not None:
+                trained[site.bias] = part.bias.detach()
     for name, tensor in tree.state_dict(keep_vars=True).items():
         if name not in trained:
             continue
@@ -120,13 +127,15 @@ def graft(gm: GraphModule, model: nn.Module, example: Mapping[str, Any]) -> nn.M
     return tree
 
 
-def located(gm: GraphModule) -> dict[str, tuple[FFNSite, Place]]:
+def located(gm: GraphModule) -> dict[str, tuple[FFNSite | ProjectionSite, Place]]:
     """The blocks of a graph by name: what they were made of, and their place in the module tree.
+
+    And the projections that could have become blocks and stayed linear.
 
     Raises:
         NothingToConvertError: No blocks, or one that has no place.
     """
-    result: dict[str, tuple[FFNSite, Place]] = {}
+    result: dict[str, tuple[FFNSite | ProjectionSite, Place]] = {}
     for node in gm.graph.nodes:
         if node.op != "call_module" or "skimp.place" not in node.meta:
             continue

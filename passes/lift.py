@@ -66,7 +66,8 @@ def lift(
             )
     nodes = {n.name: n for n in gm.graph.nodes}
     blocks: dict[tuple[Any, ...], str] = {}
-    for site, place in zip(found.sites, places(gm, found.sites), strict=True):
+    place_of = places(gm, [*found.sites, *found.projections])
+    for site, place in zip(found.sites, place_of, strict=False):
         key = (site.w_in, site.w_gate, site.w_out)  # layers that share weights share the block
         if key not in blocks:
             blocks[key] = _unused_name(gm, site.name)
@@ -82,10 +83,12 @@ def lift(
                 blocks[columns] = _unused_name(gm, part.name)
                 gm.add_submodule(blocks[columns], _projection(gm, part, expert_size))
             names.append(blocks[columns])
+        first = parts[0]
+        place = place_of[len(found.sites) + found.projections.index(first)]
         if len(parts) == 1:
-            _replace(gm, nodes[output], nodes[parts[0].input_node], names[0])
+            _replace(gm, nodes[output], nodes[first.input_node], names[0], first, place)
         else:
-            _replace_fused(gm, nodes[output], nodes[parts[0].input_node], names, parts)
+            _replace_fused(gm, nodes[output], nodes[first.input_node], names, parts, place)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     _drop_unused_parameters(gm)
@@ -122,15 +125,20 @@ def _indices(sites: Sequence[ProjectionSite]) -> Tensor:
 
 
 def _replace_fused(
-    gm: GraphModule, output: Node, x: Node, names: Sequence[str], sites: Sequence[ProjectionSite]
+    gm: GraphModule,
+    output: Node,
+    x: Node,
+    names: Sequence[str],
+    sites: Sequence[ProjectionSite],
+    place: Place,
 ) -> None:
     """Compute the parts apart, and give their columns the places they had."""
     order = _indices(sites).argsort()
     with gm.graph.inserting_before(output):
         calls = [gm.graph.call_module(name, (x,)) for name in names]
-        for call in calls:
+        for call, site in zip(calls, sites, strict=True):
             call.meta = {k: output.meta[k] for k in ("nn_module_stack",) if k in output.meta}
-            call.meta["skimp.provenance"] = ("lift",)
+            call.meta |= {"skimp.provenance": ("lift",), "skimp.site": site, "skimp.place": place}
         whole = gm.graph.call_function(torch.ops.aten.cat.default, (calls, -1))
         if not torch.equal(order, torch.arange(len(order))):
             buffer = f"{names[0].rpartition('.')[0]}.columns"
@@ -182,15 +190,13 @@ def _replace(
     output: Node,
     x: Node,
     name: str,
-    site: FFNSite | None = None,
-    place: Place | None = None,
+    site: FFNSite | ProjectionSite,
+    place: Place,
 ) -> None:
     with gm.graph.inserting_before(output):
         call = gm.graph.call_module(name, (x,))
     call.meta = {k: output.meta[k] for k in ("val", "nn_module_stack") if k in output.meta}
-    call.meta["skimp.provenance"] = ("lift",)
-    if place is not None:
-        call.meta |= {"skimp.site": site, "skimp.place": place}
+    call.meta |= {"skimp.provenance": ("lift",), "skimp.site": site, "skimp.place": place}
     output.replace_all_uses_with(call)
     gm.graph.erase_node(output)
 

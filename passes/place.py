@@ -6,6 +6,7 @@ modules it ran in, and a module is a site's own if all that it computes is the s
 
     mlp(x)                                  the module computes the site and nothing else
     dense(x) ... act ... output.dense(h)    no module does, but each linear is a module of its own
+    q_proj(x)                               an attention projection that is a module of its own
 """
 
 from collections import Counter, defaultdict
@@ -16,8 +17,9 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..ir.site import FFNSite
+from ..ir.site import FFNSite, ProjectionSite
 from .find import is_transparent
+from .linear import as_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +40,15 @@ class Place:
     reason: str = ""
 
 
-def places(gm: GraphModule, sites: Sequence[FFNSite]) -> list[Place]:
+def places(gm: GraphModule, sites: Sequence[FFNSite | ProjectionSite]) -> list[Place]:
     """Find the place of each site.
 
     Args:
         gm: The graph that the sites were found in, unchanged since.
-        sites: What :func:`skimp.passes.find.find` found.
+        sites: What :func:`skimp.passes.lift.search` found.
     """
     tree = _Tree(gm)
-    found = [_place(tree, site) for site in sites]
+    found = [_place(tree, s) if isinstance(s, FFNSite) else _place_linear(tree, s) for s in sites]
     times = Counter(path for place in found for path in place.paths)
     return [_refuse_other_calls(tree, place, times) for place in found]
 
@@ -55,6 +57,7 @@ class _Tree:
     """Which nodes ran in which call of which module."""
 
     def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
         self.nodes: dict[str, Node] = {n.name: n for n in gm.graph.nodes}
         self.members: dict[str, set[Node]] = defaultdict(set)
         self.calls: dict[str, set[str]] = defaultdict(set)
@@ -73,7 +76,9 @@ def stack(node: Node) -> list[tuple[str, str]]:
 def _place(tree: _Tree, site: FFNSite) -> Place:
     out, x = tree.nodes[site.output_node], _origin(tree.nodes[site.input_node])
     inside = _between(out, x)
-    linears = [n for n in tree.nodes.values() if n in inside and _reads_parameter(n)]
+    known = {n: lin for n in tree.nodes.values() if n in inside and (lin := as_linear(tree.gm, n))}
+    products = {lin.product for lin in known.values()}
+    linears = [n for n in known if n not in products]
     for call, path in reversed(stack(out)):
         if path and set(linears) <= tree.members[call]:
             if _computes(tree.members[call], inside, x, out):
@@ -87,6 +92,17 @@ def _place(tree: _Tree, site: FFNSite) -> Place:
         paths.append(path)
     cut = site.fused is not None
     return Place(tuple(paths), width=int(linears[0].meta["val"].shape[-1]) if cut else 1)
+
+
+def _place_linear(tree: _Tree, site: ProjectionSite) -> Place:
+    if site.columns is not None:
+        return Place((), reason=f"{site.name} is a part of a fused linear layer")
+    out = tree.nodes[site.output_node]
+    call, path = stack(out)[-1] if stack(out) else ("", "")
+    x = _origin(tree.nodes[site.input_node])
+    if not path or not _computes(tree.members[call], _between(out, x), x, out):
+        return Place((), reason=f"{site.name} is not a module of its own")
+    return Place((path,), whole=True)
 
 
 def _refuse_other_calls(tree: _Tree, place: Place, times: Counter[str]) -> Place:
@@ -134,10 +150,6 @@ def _origin(node: Node, stop: Node | None = None) -> Node:
 
 def _input(linear: Node) -> Node:
     return next(a for a in linear.all_input_nodes if a.op != "get_attr")
-
-
-def _reads_parameter(node: Node) -> bool:
-    return any(a.op == "get_attr" and a.meta["val"].dim() == 2 for a in node.all_input_nodes)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -1,15 +1,17 @@
 """How close a converted model stays to its teacher, and what it spends."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..ir.block import DynkFFN
-from ..ir.cost import ffn_share
+from ..ir.cost import dense_flops, ffn_share, spent_flops
 from ..ir.op import select
 from .base import Context, call, cosine_distance, watch
 from .data import Batch
@@ -64,6 +66,60 @@ def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Qualit
         overlap = neighbour_overlap(got, want)
     share = ffn_share(chosen, lifted_layers(gm))
     return Quality(cosine / rows, overlap, share, chosen, distance / rows)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# the counter knows the attention of GPUs alone
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+
+
+def whole_model_flops(
+    teacher: GraphModule, gm: nn.Module, batch: Batch, experts: Mapping[str, float]
+) -> dict[str, float]:
+    """FLOPs of a whole model per row of its first block, dense and converted, routers included.
+
+    Matrix products and attention count, as ``torch.utils.flop_counter`` counts them.
+
+    Args:
+        teacher: The dense model, its sites lifted.
+        gm: The converted one.
+        batch: Of which sizes the attention is; padding counts as tokens.
+        experts: Mean experts per row by block, as in :class:`Quality`.
+
+    Returns:
+        ``dense`` and ``converted``, of which ``ffn_dense`` is what is converted; ``ffn_share`` and
+        ``whole_share`` are what is left of them.
+    """
+    places = lifted_layers(gm)
+    rows = dict.fromkeys(places, 0)
+
+    def counting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows[name] += args[0].numel() // args[0].shape[-1]
+
+        return count
+
+    handles = [teacher.get_submodule(n).register_forward_pre_hook(counting(n)) for n in places]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+            call(teacher, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unit = rows[next(iter(places))]  # a decoder's blocks may see other lengths than its encoder's
+    before = sum(dense_flops(p) * rows[n] for n, p in places.items()) / unit
+    after = sum(spent_flops(p, experts.get(n)) * rows[n] for n, p in places.items()) / unit
+    dense = counter.get_total_flops() / unit
+    return {
+        "dense": dense,
+        "converted": dense - before + after,
+        "ffn_dense": before,
+        "ffn_share": after / before,
+        "whole_share": 1 - (before - after) / dense,
+    }
 
 
 def reference_outputs(

@@ -13,7 +13,6 @@ both, the estimator gained nothing that could be measured.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -26,15 +25,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..ir.block import DynkFFN
+from .allot import allot, options, relative, relative_quantile
 from .base import (
     Context,
     Pass,
     PassResult,
     cosine_distance,
+    embedding_weights,
     expert_norms,
     first_tensor,
     hoyer,
+    learning_rate,
     mixed_precision,
+    paced,
     real_rows,
     replaced,
     task_loss,
@@ -58,7 +61,7 @@ class _Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
         h = block.hidden(x)
-        scores = block.router(x.detach())
+        scores = block.router.score(x.detach())
         ratio = relative(scores.detach())
         tau = relative_quantile(real_rows(ratio, self.mask), self.share)
         with torch.no_grad():
@@ -71,29 +74,13 @@ class _Gated(nn.Module):
         return block.project((h * run).flatten(-2))
 
 
-def relative(scores: Tensor) -> Tensor:
-    """Scores as a share of their row's largest, which is what tau is compared with."""
-    return scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)
-
-
-def relative_quantile(ratio: Tensor, share: float, sample: int = 256) -> Tensor:
-    """The tau at which a share of the experts run, from scores relative to their row's largest.
-
-    Args:
-        ratio: ``[rows, E]``, in ``[0, 1]``.
-        share: Of (row, expert) pairs that should run.
-        sample: Rows to look at, evenly spaced.
-    """
-    rows = ratio[:: max(1, len(ratio) // sample)]
-    return torch.quantile(rows.flatten()[: 2**24].float(), 1 - share)
-
-
 @dataclass(frozen=True)
 class Recover(Pass):
     """Train experts and routers together while only a share of the experts runs.
 
     Attributes:
         share: Mean share of experts that run, at the end; it starts higher.
+        even: The same share in every block; else as :mod:`.allot` gives it to each.
         steps: Optimisation steps.
         lr: Peak learning rate of the model; AdamW, cosine decay.
         router_lr: The same of the routers.
@@ -113,33 +100,32 @@ class Recover(Pass):
     jitter: float = 0.2
     seconds: float = math.inf
     segments: int = 1
+    even: bool = True
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Train ``gm``; thresholds are left to the budget."""
         gated = {name: _Gated(b, self.alpha) for name, b in blocks(gm).items()}
         routers = [p for g in gated.values() for p in g.block.router.parameters()]
         held = {id(p) for p in routers}
-        embeddings = _embedding_weights(gm)
+        embeddings = embedding_weights(gm)
         body = [p for p in gm.parameters() if id(p) not in held and id(p) not in embeddings]
         groups = [dict(params=body, lr=self.lr), dict(params=routers, lr=self.router_lr)]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         peaks = [self.lr, self.router_lr]
         generator = torch.Generator().manual_seed(context.seed)
-        stream, start = cycle(context.train), time.monotonic()
+        found = None if self.even else options(gm, context)
+        stream = cycle(context.train)
         stats: dict[str, Any] = {}
         with trainable(gm, [*body, *routers]), replaced(gm, dict(gated)):
-            for step in range(self.steps):
-                spent = (time.monotonic() - start) / self.seconds
-                fraction = max(step / self.steps, spent)
-                if fraction >= 1:
-                    break
+            for step, fraction in paced(self.steps, self.seconds):
                 wobble = float(torch.empty(1).uniform_(-1, 1, generator=generator))
                 share = self.share + (1 - self.share) / 2 * max(0.0, 1 - fraction / 0.3)
-                for g in gated.values():
-                    g.share = min(1.0, share * math.exp(self.jitter * wobble))
+                share = min(1.0, share * math.exp(self.jitter * wobble))
+                shares = dict.fromkeys(gated, share) if found is None else allot(found, share)
+                for name, g in gated.items():
+                    g.share = shares[name]
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    warm = min(1.0, (step + 1) / 20)
-                    group["lr"] = peak * warm * (0.525 + 0.475 * math.cos(math.pi * fraction))
+                    group["lr"] = peak * learning_rate(step, fraction)
                 with mixed_precision():
                     loss, distance = self._loss(gm, gated, context, next(stream))
                 optimizer.zero_grad(set_to_none=True)
@@ -267,13 +253,3 @@ def relative_error(
     error = (got.float() - want.float()).square().mean(-1, keepdim=True)
     scale = want.float().var() if scale is None else scale
     return real_rows(error, mask).mean() / scale.clamp_min(1e-12)
-
-
-def _embedding_weights(gm: GraphModule) -> set[int]:
-    """Tables that a lookup reads: large, rarely touched by a short run, and best left alone."""
-    found = set()
-    for node in gm.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default and node.args[0].op == "get_attr":
-            owner, _, leaf = str(node.args[0].target).rpartition(".")
-            found.add(id(getattr(gm.get_submodule(owner), leaf)))
-    return found

@@ -1,6 +1,7 @@
 """Train routers to predict the L2 norm of each expert's output (D2DMoE, section 3.2).
 
-The backbone is frozen. One pass over the data gives every block's inputs; labels are computed
+What MoEfication's routers predict is there to compare with: how active each expert is. The
+backbone is frozen. One pass over the data gives every block's inputs; labels are computed
 from them once, in memory, and each router then sees them many times.
 """
 
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from ..ir.block import PREDICTIONS, DynkFFN
 from .base import Context, Pass, PassResult, capture, expert_norms, trainable
 from .lift import blocks
 from .split import split
@@ -48,13 +51,15 @@ class Split(Pass):
 
 @dataclass(frozen=True)
 class Route(Pass):
-    """Fit every router by mean squared error.
+    """Fit every router: norms by mean squared error, activations by binary cross-entropy.
 
     Attributes:
         tokens: Rows whose activations are held in memory.
         steps: Optimisation steps per router.
         batch: Rows per step.
         lr: Peak learning rate of Adam; decays linearly.
+        predicts: ``norms``, or ``activations``: the sum of an expert's, as a share of the largest
+            sum (MoEfication, arXiv 2110.01786, section 3.3).
     """
 
     name: ClassVar[str] = "route"
@@ -62,22 +67,31 @@ class Route(Pass):
     steps: int = 900
     batch: int = 1024
     lr: float = 3e-3
+    predicts: str = "norms"
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
-        """Train the routers of ``gm``."""
+        """Train the routers of ``gm``.
+
+        Raises:
+            ValueError: There is no such prediction.
+        """
+        if self.predicts not in PREDICTIONS:
+            raise ValueError(f"predicts is {self.predicts!r}; it is one of {sorted(PREDICTIONS)}")
         inputs = capture(gm, context.train, self.tokens)
         generator = torch.Generator().manual_seed(context.seed)
         unexplained = {}
         for i, (name, block) in enumerate(blocks(gm).items()):
             x = inputs.pop(name)
+            block.router.predicts, block.router.top = self.predicts, 0
             with torch.no_grad():
-                norms = torch.cat(
-                    [expert_norms(block, block.hidden(part)) for part in x.split(4096)]
-                )
-                variance = norms.var(0).mean().clamp_min(1e-12)
-                # Start at the size of the labels, or the first hundred steps only find it.
-                scores = block.router(x[:4096]).mean().clamp_min(1e-12)
-                block.router.up.weight.mul_(norms.mean() / scores)
+                wanted = torch.cat([self._labels(block, part) for part in x.split(4096)])
+                if self.predicts == "norms":
+                    # Start at the size of the labels, or the first hundred steps only find it.
+                    scores = block.router(x[:4096]).mean().clamp_min(1e-12)
+                    block.router.up.weight.mul_(wanted.mean() / scores)
+                else:
+                    wanted /= wanted.max().clamp_min(1e-12)
+                variance = wanted.var(0).mean().clamp_min(1e-12)
             optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr, fused=True)
             loss = torch.tensor(0.0)
             with trainable(gm, list(block.router.parameters())):
@@ -85,11 +99,25 @@ class Route(Pass):
                     rows = torch.randint(len(x), (min(self.batch, len(x)),), generator=generator)
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
-                    loss = F.mse_loss(block.router(x[rows]), norms[rows]) / variance
+                    if self.predicts == "norms":
+                        loss = F.mse_loss(block.router.score(x[rows]), wanted[rows]) / variance
+                    else:
+                        logits = block.router.predict(x[rows])
+                        loss = F.binary_cross_entropy_with_logits(logits, wanted[rows])
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
-            unexplained[name] = loss.item()
-            context.progress(self.name, i + 1, len(blocks(gm)), f"{loss.item():.3f} unexplained")
+            with torch.no_grad():
+                rows = torch.randint(len(x), (min(4096, len(x)),), generator=generator)
+                error = F.mse_loss(block.router.score(x[rows]), wanted[rows]) / variance
+            unexplained[name] = error.item()
+            context.progress(self.name, i + 1, len(blocks(gm)), f"{error:.3f} unexplained")
         assert all(math.isfinite(v) for v in unexplained.values())
         return PassResult(gm, True, {"unexplained variance": unexplained})
+
+    def _labels(self, block: DynkFFN, x: Tensor) -> Tensor:
+        h = block.hidden(x)
+        if self.predicts == "norms":
+            return expert_norms(block, h)
+        each = h.abs().view(-1, block.experts, block.expert_size)
+        return each.sum(-1)

@@ -23,22 +23,25 @@ from torch.nn import functional as F
 
 from ..ir.block import DynkFFN, Projection
 from .base import Context, Pass, PassResult, capture, hoyer, mixed_precision, trainable
-from .data import Batch, count_tokens
 from .lift import blocks
 
 
 @dataclass(frozen=True)
 class Relufy(Pass):
-    """Replace the activation of every block by ReLU, which is zero where it does not fire."""
+    """Replace the activation of every block by ReLU, which is zero where it does not fire.
+
+    Squared ReLU is so already, and stays.
+    """
 
     name: ClassVar[str] = "relufy"
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Set the activation; weights stay as they are."""
         before = {name: b.act for name, b in blocks(gm).items()}
-        for block in blocks(gm).values():
+        smooth = [b for b in blocks(gm).values() if b.act not in ("relu", "relu2")]
+        for block in smooth:
             block.act = "relu"
-        return PassResult(gm, any(a != "relu" for a in before.values()), {"was": before})
+        return PassResult(gm, bool(smooth), {"was": before})
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,9 @@ class Sparsify(Pass):
         learning = [p for group in trained.values() for p in group]
         with trainable(gm, learning):
             while (fraction := self._fraction(done, start)) < 1:
-                chunk: list[Batch] = []
-                held = 0
-                while held < min(self.chunk, self.tokens - done):
-                    chunk.append(next(stream))
-                    held += count_tokens(chunk[-1:])
-                inputs = capture(context.teacher, chunk, names=list(students))
+                limit = min(self.chunk, self.tokens - done)
+                inputs = capture(context.teacher, stream, limit, list(students))
+                held = len(inputs[next(iter(students))])
                 for name, block in students.items():
                     stats[name] = self._fit(
                         block, teachers[name], inputs[name], optimizers[name], fraction, generator

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..ir.block import DynkFFN
-from ..ir.cost import dense_flops, ffn_share
 from ..ir.measure import agree, compare
 from ..ir.op import select
 from ..ir.text import BlockLine
@@ -21,8 +19,8 @@ from ..passes.base import Context, Progress, first_tensor, silent, watch
 from ..passes.budget import set_tau, taus_at
 from ..passes.convert import Converted, convert, recipe
 from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
-from ..passes.lift import blocks, lifted_layers
-from ..passes.quality import evaluate
+from ..passes.lift import blocks
+from ..passes.quality import evaluate, whole_model_flops
 from .breakdown import breakdown
 from .models import DEFAULT, Loaded, load_pretrained
 from .ort import missing, onnx_session
@@ -91,7 +89,7 @@ def demo(
             "test_tokens": count_tokens(tests),
         },
         "quality": asdict(quality),
-        "flops": whole_model_flops(converted, tests[0], quality.experts),
+        "flops": whole_model_flops(converted.teacher, converted.model, tests[0], quality.experts),
         "curve": curve,
         "layers": layers(converted.model, tests),
         "latency": latency,
@@ -163,26 +161,6 @@ def quality_curve(
         points.append(dict(share=share, flops=q.flops, cosine=q.cosine, overlap=q.overlap))
     set_tau(gm, before)
     return points
-
-
-def whole_model_flops(
-    converted: Converted, batch: Batch, experts: dict[str, float]
-) -> dict[str, float]:
-    """FLOPs of the whole model per real token, dense and converted, routers included."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        converted.teacher(**batch)
-    tokens = batch["input_ids"].numel()
-    dense = counter.get_total_flops() / tokens
-    found = lifted_layers(converted.model)
-    ffn = sum(dense_flops(p) for p in found.values())
-    share = ffn_share(experts, found)
-    return {
-        "dense": dense,
-        "converted": dense - ffn * (1 - share),
-        "ffn_dense": ffn,
-        "ffn_share": share,
-        "whole_share": 1 - ffn * (1 - share) / dense,
-    }
 
 
 def layers(gm: GraphModule, data: Sequence[Batch]) -> list[dict[str, Any]]:

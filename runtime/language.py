@@ -1,10 +1,8 @@
 """Language models: text as full windows, perplexity, and what perfect selection would give."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ir.errors import CalibrationError
 from ..passes.base import first_tensor
-from ..passes.data import Batch
+from ..passes.data import Batch, data_file
 from ..passes.lift import blocks
 
 
@@ -53,14 +51,7 @@ def wikitext2(limit: int | None = None) -> str:
     Raises:
         CalibrationError: It is not there.
     """
-    root = os.environ.get("SKIMP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = Path(root) / "wikitext2" / "valid.txt"
-    try:
-        return path.read_text(encoding="utf-8")[:limit]
-    except OSError as error:
-        raise CalibrationError(
-            f"{path} cannot be read; set SKIMP_DATA to a folder that holds wikitext2/valid.txt"
-        ) from error
+    return data_file("wikitext2", "valid.txt").read_text(encoding="utf-8")[:limit]
 
 
 def perplexity(model: nn.Module, data: Sequence[Batch]) -> float:

@@ -79,7 +79,7 @@ constexpr long EXPERTS_PER_GROUP = E >= NEURONS ? 1 : NEURONS / E;
 constexpr long GROUP = EXPERTS_PER_GROUP * E;
 constexpr long BLOCK = 128;
 constexpr long FEW = 64;
-constexpr bool SKIP_ZEROS = ACT == 1;
+constexpr bool SKIP_ZEROS = ACT == 1 || ACT == 6;
 
 // What one thread needs to run groups of experts for at most `block` rows.
 struct Scratch {

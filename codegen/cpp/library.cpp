@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
@@ -54,10 +55,11 @@ static Kernel find(const char* kind, const Key& key) {
   return found;
 }
 
-static const char* const ACTS[] = {"identity", "relu", "gelu", "gelu_tanh", "silu"};
+static const char* const ACTS[] = {"identity", "relu",       "gelu", "gelu_tanh",
+                                   "silu",     "gelu_quick", "relu2"};
 static int64_t index_of(const std::string& act) {
-  for (int64_t i = 0; i < 5; i++)
-    if (act == ACTS[i]) return i;
+  for (size_t i = 0; i < std::size(ACTS); i++)
+    if (act == ACTS[i]) return int64_t(i);
   STD_TORCH_CHECK(false, "skimp_cpu::dynk_ffn: act is '", act, "', which no kernel computes");
   return -1;
 }

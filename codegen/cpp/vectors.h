@@ -104,6 +104,8 @@ static inline float act(float v) {
     return v - v / (1.0f + exp_(2.0f * u));
   }
   if (ACT == 4) return v / (1.0f + exp_(-v));
+  if (ACT == 5) return v / (1.0f + exp_(-1.702f * v));
+  if (ACT == 6) return v < 0 ? 0.0f : v * v;
   return v;
 }
 

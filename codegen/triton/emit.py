@@ -16,6 +16,8 @@ _ACTS = {
         "return v * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))"
     ),
     "silu": "return v / (1.0 + tl.exp(-v))",
+    "gelu_quick": "return v / (1.0 + tl.exp(-1.702 * v))",
+    "relu2": "return tl.where(v < 0, 0.0, v * v)",
 }
 
 _HEAD = '''

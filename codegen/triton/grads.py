@@ -146,5 +146,9 @@ SLOPES = {
         "    1.0 + 0.134145 * v * v)"
     ),
     "silu": "s = 1.0 / (1.0 + tl.exp(-v))\nreturn s * (1.0 + v * (1.0 - s))",
+    "gelu_quick": (
+        "s = 1.0 / (1.0 + tl.exp(-1.702 * v))\nreturn s * (1.0 + 1.702 * v * (1.0 - s))"
+    ),
+    "relu2": "return tl.where(v <= 0, 0.0, 2.0 * v)",
 }
 """Derivatives of the activations, by the names of :data:`skimp.ir.ACTIVATIONS`."""

@@ -25,9 +25,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    from . import quantizer
-
-    quantizer.register()
+    from . import quantizer  # noqa: F401  # registers as it is imported, or at the end of that
 
 
 class _WhenListed(MetaPathFinder):

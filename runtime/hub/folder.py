@@ -67,6 +67,8 @@ def save_pretrained(
     names = {id(b): n for n, b in blocks(tree).items()}
     specs: dict[str, Any] = {}
     for name, (site, place) in located(gm).items():
+        if name not in blocks(gm):
+            continue  # a projection that stayed linear
         at = tree.get_submodule(place.paths[0])
         specs[names[id(at if place.whole else at.block)]] = hf.describe(
             gm.get_submodule(name),  # type: ignore[arg-type]
@@ -115,7 +117,8 @@ def unconvert(folder: str | Path, out: str | Path) -> None:
 
     Raises:
         ArtefactError: ``folder`` holds no converted transformers model, or ``out`` is not writable.
-        VerificationError: The architecture cannot say in its config that these networks use ReLU.
+        VerificationError: The architecture cannot say in its config that these networks use ReLU,
+            or attention projections were converted.
     """
     import transformers
 
@@ -133,6 +136,11 @@ def unconvert(folder: str | Path, out: str | Path) -> None:
     model_class = getattr(transformers, class_name)
     tree = model_class.from_pretrained(source)
     specs = tree.config.quantization_config.blocks
+    if any(s["linear"] for s in specs.values()):
+        raise VerificationError(
+            f"a plain {class_name} cannot be this model: its attention projections were replaced "
+            "by networks, which no linear layer equals. Keep the converted folder."
+        )
     config = copy.deepcopy(tree.config)
     del config.quantization_config
     changed = _set_activations(config, specs)

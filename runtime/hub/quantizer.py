@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...ir.block import DynkFFN
 from ...ir.errors import ArtefactError
-from ...ir.site import FFNSite
+from ...ir.site import FFNSite, ProjectionSite
 from ...passes.graft import swap
 from ...passes.lift import blocks
 from ...passes.place import Place
@@ -66,13 +66,18 @@ class SkimpConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.pipeline = pipeline
 
 
-def describe(block: DynkFFN, site: FFNSite, place: Place) -> dict[str, Any]:
+def describe(block: DynkFFN, site: FFNSite | ProjectionSite, place: Place) -> dict[str, Any]:
     """A block in JSON: enough to make it empty, and to make it dense again."""
     return {
+        "d_ff": block.d_ff,
+        "gated": block.gated,
+        "linear": block.linear,
         "expert_size": block.expert_size,
         "act": block.act,
         "router_width": block.router.down.out_features,
         "dense": block.dense,
+        "predicts": block.router.predicts,
+        "top": block.router.top,
         "biases": [n for n in ("b_in", "b_gate", "b_out") if getattr(block, n) is not None],
         "site": asdict(site),
         "place": asdict(place),
@@ -81,7 +86,7 @@ def describe(block: DynkFFN, site: FFNSite, place: Place) -> dict[str, Any]:
 
 def empty_block(spec: Mapping[str, Any], dtype: torch.dtype | None) -> DynkFFN:
     """A block of a description, on the meta device."""
-    site = FFNSite(**spec["site"])
+    d, d_ff, d_out = int(spec["site"]["d"]), int(spec["d_ff"]), int(spec["site"]["d_out"])
 
     def bias(name: str, size: int) -> Tensor | None:
         return torch.empty(size, device="meta") if name in spec["biases"] else None
@@ -90,17 +95,20 @@ def empty_block(spec: Mapping[str, Any], dtype: torch.dtype | None) -> DynkFFN:
         return torch.empty(rows, columns, device="meta")
 
     block = DynkFFN(
-        weight(site.d_ff, site.d),
-        bias("b_in", site.d_ff),
-        weight(site.d_ff, site.d) if site.gated else None,
-        bias("b_gate", site.d_ff),
-        weight(site.d_ff, site.d_out),
-        bias("b_out", site.d_out),
+        weight(d_ff, d),
+        bias("b_in", d_ff),
+        weight(d_ff, d) if spec["gated"] else None,
+        bias("b_gate", d_ff),
+        weight(d_ff, d_out),
+        bias("b_out", d_out),
         expert_size=int(spec["expert_size"]),
         act=str(spec["act"]),
         router_width=int(spec["router_width"]),
+        linear=bool(spec["linear"]),
     )
     block.dense = bool(spec["dense"])
+    block.router.predicts = str(spec.get("predicts", "norms"))
+    block.router.top = int(spec.get("top", 0))
     return block.to("meta", dtype).eval()
 
 
@@ -135,7 +143,8 @@ class SkimpQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _guards(self) -> list[str]:
-        return sorted({s["site"]["w_out"] for s in self.quantization_config.blocks.values()})
+        sites = [s["site"] for s in self.quantization_config.blocks.values()]
+        return sorted({s["weight"] if "weight" in s else s["w_out"] for s in sites})
 
     def get_state_dict_and_metadata(
         self, model: nn.Module
@@ -189,6 +198,9 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(SkimpConfig)
         register_quantizer(METHOD)(SkimpQuantizer)
+
+
+register()
 
 
 __all__ = [

@@ -26,6 +26,8 @@ CASES = [
     (33, 12, 7, 1, True, True, "gelu_tanh"),
     (64, 192, 80, 64, True, True, "silu"),
     (24, 48, 24, 48, False, False, "identity"),  # one expert
+    (16, 24, 40, 3, True, True, "gelu_quick"),
+    (16, 24, 24, 8, False, True, "relu2"),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

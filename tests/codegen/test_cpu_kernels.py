@@ -28,6 +28,8 @@ CASES = [
     (40, 32, 104, 8, False, True, "relu"),
     (33, 12, 7, 1, True, True, "gelu_tanh"),
     (8, 128, 8, 64, False, False, "identity"),
+    (16, 24, 40, 3, True, True, "gelu_quick"),
+    (40, 32, 24, 8, False, True, "relu2"),
 ]
 
 POINTERS = ("x", "scores", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")

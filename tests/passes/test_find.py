@@ -57,6 +57,16 @@ ZOO = {
     "phi": lambda: (
         hf.PhiForCausalLM(hf.PhiConfig(vocab_size=64, **SMALL)),
         ids(use_cache=False), 2, "gelu_tanh", False),
+    "clip-text": lambda: (  # x * sigmoid(1.702 x)
+        hf.CLIPTextModel(hf.CLIPTextConfig(vocab_size=64, eos_token_id=1, **SMALL)),
+        ids(), 2, "gelu_quick", False),
+    "persimmon": lambda: (  # the square of ReLU
+        hf.PersimmonForCausalLM(hf.PersimmonConfig(vocab_size=64, **SMALL)),
+        ids(use_cache=False), 2, "relu2", False),
+    "falcon": lambda: (  # products with turned parameters, without a linear
+        hf.FalconForCausalLM(hf.FalconConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
+        ids(use_cache=False), 2, "gelu", False),
     "phi3-fused": lambda: (
         hf.Phi3ForCausalLM(hf.Phi3Config(
             pad_token_id=0, bos_token_id=1, eos_token_id=2, num_key_value_heads=2, vocab_size=64,
@@ -77,6 +87,7 @@ def test_every_ffn_is_found_and_none_invented(name):
     gm = trace(model, inputs)
     found = find(gm)
     assert len(found.sites) == count, (found.sites, found.misses)
+    assert not found.misses
     assert {s.act for s in found.sites} == {act}
     assert {s.gated for s in found.sites} == {gated}
     assert len({s.name for s in found.sites}) == count
@@ -107,6 +118,15 @@ class Normed(MLP):
         return self.down(nn.functional.layer_norm(self.act(self.up(x)), (16,)))
 
 
+class Deeper(MLP):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(torch.relu(super().forward(x)))
+
+
 class TwoInputs(MLP):
     def __init__(self):
         super().__init__()
@@ -116,14 +136,101 @@ class TwoInputs(MLP):
         return self.down(self.act(self.gate(x * 2)) * self.up(x))
 
 
+class Products(nn.Module):
+    """Linear layers spelled as products with parameters, of either orientation."""
+
+    def __init__(self, turned, bias):
+        super().__init__()
+        self.turned = turned
+        up, down = ((16, 8), (8, 16)) if turned else ((8, 16), (16, 8))
+        self.up, self.down = nn.Parameter(torch.randn(up)), nn.Parameter(torch.randn(down))
+        self.a = nn.Parameter(torch.randn(16)) if bias else None
+        self.b = nn.Parameter(torch.randn(8)) if bias else None
+
+    def linear(self, x, w, bias):
+        y = x @ (w.T if self.turned else w)
+        return y if bias is None else bias + y
+
+    def forward(self, x):
+        h = nn.functional.silu(self.linear(x, self.up, self.a))
+        return self.linear(h, self.down, self.b)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_with_parameters_are_linear_layers(turned, bias):
+    torch.manual_seed(0)
+    model, x = Products(turned, bias).eval(), torch.randn(2, 3, 8)
+    gm = trace(model, dict(x=x))
+    (site,) = find(gm).sites
+    assert (site.w_in, site.w_out, site.transposed) == ("up", "down", not turned)
+    assert (site.b_in, site.b_out) == (("a", "b") if bias else (None, None))
+    got, want = lift(gm, expert_size=4, router_width=4).gm(x=x), model(x)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+class Halves(nn.Module):
+    """A gated network whose one linear is cut by a view, the gate first or last."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.up, self.down, self.gate = nn.Linear(8, 32), nn.Linear(16, 8), gate
+
+    def forward(self, x):
+        h = self.up(x).view(*x.shape[:-1], 2, 16)
+        return self.down(nn.functional.silu(h[..., self.gate, :]) * h[..., 1 - self.gate, :])
+
+
+@pytest.mark.parametrize(("gate", "fused"), [(0, "gate_up"), (1, "up_gate")])
+def test_halves_by_a_view(gate, fused):
+    torch.manual_seed(0)
+    model, x = Halves(gate).eval(), torch.randn(2, 3, 8)
+    gm = trace(model, dict(x=x))
+    (site,) = find(gm).sites
+    assert (site.gated, site.fused, site.d_ff) == (True, fused, 16)
+    got, want = lift(gm, expert_size=4, router_width=4).gm(x=x), model(x)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (lambda x: x * torch.sigmoid(1.702 * x), "gelu_quick"),
+        (lambda x: torch.relu(x) ** 2, "relu2"),
+        (lambda x: torch.relu(x) * torch.relu(x), "relu2"),
+        (lambda x: x * torch.sigmoid(x), "silu"),
+        (lambda x: x.clamp(min=0), "relu"),
+        (lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), "gelu"),
+    ],
+)
+def test_an_activation_however_it_is_spelled(act, name):
+    (site,) = find(trace(MLP(act=act).eval(), dict(x=torch.randn(3, 8)))).sites
+    assert site.act == name
+
+
+def test_a_product_that_is_no_layer():
+    class Scores(nn.Module):
+        """Of two inputs: not of a parameter."""
+
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(4, 8)
+
+        def forward(self, x, y):
+            return self.down(torch.relu(x @ y.T))
+
+    inputs = dict(x=torch.randn(3, 8), y=torch.randn(4, 8))
+    assert not find(trace(Scores().eval(), inputs)).sites
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (MLP(act=torch.tanh), r"activation \(tanh\) is none of relu"),
         (MLP(act=nn.functional.elu), r"activation \(elu\) is none of"),
-        (MLP(out=5), r"width 8 goes in and 5 comes out"),
         (Leaky(), r"relu is also read by sum"),
         (TwoInputs(), r"read different inputs"),
+        (MLP(out=5), r"width 8 goes in and 5 comes out"),
     ],
 )
 def test_a_near_miss_says_why(model, reason):
@@ -134,6 +241,12 @@ def test_a_near_miss_says_why(model, reason):
     assert re.search(reason, found.misses[0].reason), found.misses
     with pytest.raises(NothingToConvertError, match="Nearest misses"):
         lift(gm)
+
+
+def test_a_part_of_a_deeper_network_is_not_a_site():
+    found = find(trace(Deeper().eval(), dict(x=torch.randn(3, 8))))
+    assert not found.sites
+    assert "alone: a part of a deeper network" in found.misses[0].reason
 
 
 @pytest.mark.parametrize("model", [Normed(), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))])
