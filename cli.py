@@ -1,4 +1,4 @@
-"""The command line: ``skimp demo | explain | convert | unconvert | bench | aot | doctor``."""
+"""The command line; what serves models is in ``cli_cascade``."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .cli_cascade import cascade, economics, serve
 from .ir.cost import cache_dir
 from .ir.errors import SkimpError
 
@@ -27,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Skimp on compute, not on quality: run only the experts each token needs.",
 )
+app.add_typer(cascade, name="cascade")
+app.add_typer(economics, name="economics")
+app.command(epilog="Example:  skimp serve cascade.yaml --port 8080")(serve)
 _out = Console()
 _err = Console(stderr=True)
 

@@ -1,0 +1,12 @@
+"""Serve each query from the cheapest model that will do.
+
+    traces     what every member answered, recorded
+    calibrate  thresholds from traces, without labels, under a bound on cost
+    policy     who answers a request; may be changed while the server runs
+    gateway    asks the policy, calls members, accounts for every call
+    ledger     attempts, requests and budgets on disk
+    server     the HTTP face
+    drift      whether traffic is still what it was
+
+Nothing is imported here, so that a command loads only what it needs.
+"""

@@ -1,0 +1,110 @@
+"""From a configuration to a gateway."""
+
+import hashlib
+from pathlib import Path
+
+from .config import Config, ConfigError, MemberConfig, price_of, secret
+from .gateway import Entry, Gateway
+from .ledger import Budget, Ledger
+from .member import Member
+from .policy import Policy, Single, load_policy
+
+
+def build_gateway(config: Config, folder: Path = Path()) -> Gateway:
+    """Members, policies and ledger of a configuration.
+
+    Args:
+        config: It.
+        folder: What its paths are relative to.
+
+    Raises:
+        ConfigError: A key is not in the environment, or nothing says who answers.
+        SkimpError: A policy, a price or the ledger cannot be read.
+    """
+    policies = build_policies(config, folder)
+    entries = {name: build_entry(name, m, folder) for name, m in config.members.items()}
+    budgets = config.budget is not None or any(c.budget for c in config.callers.values())
+    return Gateway(
+        entries,
+        policies,
+        config.active or next(iter(policies)),
+        Ledger(_ledger_url(config.ledger, folder)),
+        timeout=config.server.timeout_s,
+        capped=budgets,
+    )
+
+
+def build_policies(config: Config, folder: Path) -> dict[str, Policy]:
+    """By name; a single member needs no policy to be written down."""
+    found: dict[str, Policy] = {}
+    for name, text in config.policies.items():
+        if text.startswith("single:"):
+            found[name] = Single(text[7:], config.extractor)
+        else:
+            found[name] = load_policy(folder / text, name)
+    if not found and len(config.members) == 1:
+        found["single"] = Single(next(iter(config.members)), config.extractor)
+    if not found:
+        raise ConfigError("several members, and no policy says which of them answers")
+    return found
+
+
+def build_entry(name: str, member: MemberConfig, folder: Path) -> Entry:
+    """A member with its price and limits."""
+    return Entry(
+        name,
+        build_member(name, member),
+        price_of(member, folder),
+        member.retries,
+        member.max_tokens,
+        member.fallback,
+        member.temperature,
+    )
+
+
+def build_member(name: str, member: MemberConfig) -> Member:
+    """A member alone."""
+    if member.local is not None:
+        from .local import LocalModel
+
+        return LocalModel.load(
+            member.local, tau=member.tau, defaults=member.params, max_tokens=member.max_tokens
+        )
+    from .endpoint import Endpoint
+
+    return Endpoint(
+        str(member.url),
+        member.model or name,
+        key=secret(member.key, f"members.{name}.key") if member.key else None,
+        timeout=member.timeout_s,
+        batches=member.batches,
+        defaults=member.params,
+    )
+
+
+def caller_keys(config: Config) -> dict[bytes, str]:
+    """Callers by the hash of their key; the keys themselves are not kept."""
+    return {
+        hashlib.sha256(secret(c.key, f"callers.{name}.key").encode()).digest(): name
+        for name, c in config.callers.items()
+    }
+
+
+def caller_budgets(config: Config) -> dict[str, tuple[Budget, ...]]:
+    """The budgets that hold for a caller; ``anyone`` where there are no callers."""
+    everyone = ()
+    if config.budget is not None:
+        everyone = (Budget("total", config.budget.usd, config.budget.per),)
+    found: dict[str, tuple[Budget, ...]] = {"anyone": everyone}
+    for name, caller in config.callers.items():
+        own = caller.budget
+        mine = (Budget(f"caller:{name}", own.usd, own.per),) if own is not None else ()
+        found[name] = everyone + mine
+    return found
+
+
+def _ledger_url(url: str, folder: Path) -> str:
+    start = "sqlite:///"
+    if url.startswith(start) and not url.startswith(start + "/") and url != start + ":memory:":
+        return start + str((folder / url[len(start) :]).absolute())
+    return url

@@ -1,0 +1,126 @@
+"""Record what every member answers to some prompts: the traces that calibration reads."""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...ir.errors import CalibrationError
+from .gateway import Entry
+from .member import MemberError, choice_message
+from .traces import MemberSpec
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Prompts, one JSON object per line: ``{"id", "prompt"}`` or ``{"id", "messages"}``.
+
+    A line of ``{"question"}``, as in GSM8K, is a prompt too.
+    """
+    prompts = []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read: {error}") from error
+    for at, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text = row.get("prompt", row.get("question"))
+            messages = row.get("messages") or [{"role": "user", "content": str(text)}]
+            if text is None and "messages" not in row:
+                raise ValueError("neither `prompt` nor `messages`")
+        except (ValueError, AttributeError) as error:
+            raise CalibrationError(f"{path}, line {at}: {error}") from error
+        prompts.append({"id": str(row.get("id", at)), "messages": messages})
+    return prompts
+
+
+async def collect(
+    prompts: Sequence[Mapping[str, Any]],
+    members: Sequence[tuple[Entry, MemberSpec]],
+    out: Path,
+    *,
+    request: Mapping[str, Any] | None = None,
+    at_once: int = 4,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> int:
+    """Ask every member for its samples of every prompt; lines already in ``out`` are kept.
+
+    Args:
+        prompts: What :func:`read_prompts` gave.
+        members: With how many samples each draws.
+        out: A line is added when a prompt is done, so an interruption loses one prompt at most.
+        request: Fields of the requests, ``max_tokens`` for example.
+        at_once: Prompts under way.
+        progress: Told how far it has come.
+
+    Returns:
+        How many prompts were asked now.
+    """
+    done = _done(out)
+    waiting = iter([p for p in prompts if str(p["id"]) not in done])
+    total, count = len(prompts), len(done)
+    lock = asyncio.Lock()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+
+        async def worker() -> None:
+            nonlocal count
+            for prompt in waiting:
+                line: dict[str, Any] = {"id": prompt["id"], "members": {}}
+                for entry, spec in members:
+                    body = {**(request or {}), "messages": prompt["messages"]}
+                    line["members"][spec.name] = {"samples": await _samples(entry, spec, body)}
+                async with lock:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    count += 1
+                    if progress is not None:
+                        progress("collect", count, total)
+
+        await asyncio.gather(*(worker() for _ in range(at_once)))
+    return count - len(done)
+
+
+async def _samples(entry: Entry, spec: MemberSpec, body: dict[str, Any]) -> list[dict[str, Any]]:
+    if spec.samples > 1:
+        body["temperature"] = entry.temperature
+    sizes = [spec.samples] if entry.member.batches else [1] * spec.samples
+    found: list[dict[str, Any]] = []
+    for n in sizes:
+        asked = {**body, "n": n} if n > 1 else body
+        try:
+            reply = await entry.member.complete("chat/completions", asked)
+        except MemberError as error:
+            found += [{"error": error.kind, "cost": 0.0}] * n
+            continue
+        usage = reply.usage or {}
+        cost = entry.price.of_usage(usage)
+        for choice in reply.body["choices"][:n]:  # the call's cost in equal parts
+            content = choice_message(choice).get("content")
+            found.append(
+                {
+                    "text": content if isinstance(content, str) else json.dumps(content),
+                    "cost": cost / len(reply.body["choices"]),
+                    "prompt_tokens": int(usage.get("prompt_tokens", 0)),
+                    "completion_tokens": int(usage.get("completion_tokens", 0)),
+                }
+            )
+    return found + [{"error": "missing", "cost": 0.0}] * (spec.samples - len(found))
+
+
+def _done(out: Path) -> set[str]:
+    """The ids in the file; half a line, where a run was killed, is cut off."""
+    if not out.exists():
+        return set()
+    data = out.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return {str(json.loads(line)["id"]) for line in whole.splitlines() if line.strip()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{out} holds something else than traces: {error}") from error

@@ -1,0 +1,178 @@
+"""The server's configuration: a YAML file, checked before anything starts."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...ir.errors import SkimpError
+from ..economics import measured_price
+from .price import Price
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(SkimpError):
+    """A configuration that cannot work; says which entry and what to change."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PriceConfig(_Strict):
+    """US dollars per million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class MemberConfig(_Strict):
+    """A model: behind ``url``, or ``local`` in this process.
+
+    Attributes:
+        url: OpenAI-compatible, up to and including ``/v1``.
+        model: The name that the URL knows it by; its own name here if left out.
+        key: The *name of the environment variable* with its key.
+        local: ``smollm2``, a folder of ``skimp.save_pretrained``, or a model on the hub.
+        tau: Threshold of a converted local model.
+        price: US dollars per million tokens, or a file of ``skimp economics sweep``.
+        samples: Votes that it draws when there is no policy file to say so.
+        batches: Whether the URL honours ``n``; else samples are separate calls.
+        timeout_s: For a reply, and between two chunks of a stream.
+        retries: After a timeout, a lost connection, 429 or 5xx.
+        max_tokens: Asked for, and reserved in the budget, if a request sets no limit.
+        fallback: Members to ask instead when it fails.
+        temperature: Of votes, whatever the request says.
+        params: For requests that do not set them, ``top_p`` for example.
+    """
+
+    url: str | None = None
+    model: str | None = None
+    key: str | None = None
+    local: str | None = None
+    tau: float | None = None
+    price: PriceConfig | Path
+    samples: Annotated[int, Field(ge=1, le=100)] = 1
+    batches: bool = False
+    timeout_s: Positive = 60.0
+    retries: Annotated[int, Field(ge=0, le=10)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] = 1024
+    fallback: tuple[str, ...] = ()
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    params: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "MemberConfig":
+        if (self.url is None) == (self.local is None):
+            raise ValueError("give either `url` or `local`")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url {self.url!r} is neither http nor https")
+        return self
+
+
+class BudgetConfig(_Strict):
+    """A limit on what is spent; ``per`` says when it starts afresh, in UTC."""
+
+    usd: Annotated[float, Field(ge=0)]
+    per: Literal["day", "month", "ever"] = "ever"
+
+
+class CallerConfig(_Strict):
+    """Somebody who may call: the environment variable with their key, and their budget."""
+
+    key: str
+    budget: BudgetConfig | None = None
+
+
+class ServerConfig(_Strict):
+    """Where to listen, and limits."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    max_body_mb: Positive = 20.0
+    timeout_s: Positive = 300.0
+    max_in_flight: Annotated[int, Field(ge=1)] = 512
+    log_prompts: bool = False
+
+
+class Config(_Strict):
+    """All of it.
+
+    Attributes:
+        members: By name.
+        policies: By name: a policy file, or ``single:MEMBER``.
+        active: The policy that serves ``model: skimp``; the first if left out.
+        extractor: For requests to single members; a policy file has its own.
+        callers: By name; with none, anyone who reaches the port may call.
+        ledger: A SQLAlchemy URL.
+        budget: Of all callers together.
+    """
+
+    members: dict[str, MemberConfig]
+    policies: dict[str, str] = {}
+    active: str | None = None
+    extractor: str = "number"
+    server: ServerConfig = ServerConfig()
+    callers: dict[str, CallerConfig] = {}
+    ledger: str = "sqlite:///skimp-ledger.db"
+    budget: BudgetConfig | None = None
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Config":
+        if not self.members:
+            raise ValueError("no members")
+        if "skimp" in self.members:
+            raise ValueError("a member cannot be called 'skimp': that asks for the active policy")
+        for name, member in self.members.items():
+            for other in member.fallback:
+                if other not in self.members or other == name:
+                    raise ValueError(f"members.{name}.fallback: no other member {other!r}")
+        for name, policy in self.policies.items():
+            if policy.startswith("single:") and policy[7:] not in self.members:
+                raise ValueError(f"policies.{name}: no member {policy[7:]!r}")
+        if self.active is not None and self.active not in self.policies:
+            raise ValueError(f"active: no policy {self.active!r}")
+        return self
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a YAML file; paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: It cannot be read or does not make sense; says where.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return parse_config(data, str(path))
+
+
+def parse_config(data: Any, where: str = "configuration") -> Config:
+    """Check a configuration that has been read."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(p) for p in e['loc']) or 'top'}: {e['msg']}" for e in error.errors()
+        ]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+
+
+def secret(variable: str, where: str) -> str:
+    """A key from the environment."""
+    value = os.environ.get(variable, "")
+    if not value:
+        raise ConfigError(f"{where}: the environment variable {variable} is not set")
+    return value
+
+
+def price_of(member: MemberConfig, folder: Path) -> Price:
+    """A member's price, measured or given."""
+    if isinstance(member.price, PriceConfig):
+        return Price(member.price.input, member.price.output)
+    return measured_price(folder / member.price)

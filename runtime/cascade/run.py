@@ -1,0 +1,46 @@
+"""Run the server in this process."""
+
+import logging
+import sys
+
+import uvicorn
+
+from .config import Config
+from .gateway import Gateway
+from .server import create_app
+
+
+def run(gateway: Gateway, config: Config, host: str, port: int) -> int:
+    """Serve until interrupted; requests under way have half a minute to end.
+
+    Returns:
+        The exit status: 0, or 1 if the port cannot be had.
+    """
+    _log_to_stderr()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(gateway, config),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=30,
+            timeout_keep_alive=30,
+        )
+    )
+    try:
+        server.run()
+    except SystemExit:
+        return 1
+    return 0 if server.started else 1
+
+
+def _log_to_stderr() -> None:
+    """One JSON object per line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("skimp.serve")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.propagate = False

@@ -1,0 +1,424 @@
+"""The HTTP face of a gateway: OpenAI's API, metrics, health and a page."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from ...ir.errors import SkimpError
+from .build import caller_budgets, caller_keys
+from .config import Config
+from .gateway import Answer, Gateway, Query, UnavailableError
+from .ledger import BudgetExceededError, LedgerError
+from .member import Kind
+from .policy import Policy, Single
+from .stats import summary
+
+log = logging.getLogger("skimp.serve")
+PAGE = Path(__file__).with_name("page.html")
+_CSP = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+)
+
+
+class Refused(Exception):
+    """An error that a caller sees, in OpenAI's form."""
+
+    def __init__(
+        self, status: int, message: str, code: str, kind: str = "invalid_request_error"
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.kind = status, message, code, kind
+
+    def response(self, headers: dict[str, str] | None = None) -> Response:
+        """As a response."""
+        error = {"message": self.message, "type": self.kind, "param": None, "code": self.code}
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+def create_app(gateway: Gateway, config: Config) -> FastAPI:
+    """The application; it closes the gateway when it stops."""
+    face = _Face(gateway, config)
+    app = FastAPI(title="skimp", lifespan=face.lifespan, docs_url=None, redoc_url=None)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        """Answer a chat."""
+        return await face.complete(request, "chat/completions")
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        """Continue a text."""
+        return await face.complete(request, "completions")
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        """What can be asked for: the active policy, the other policies, the members."""
+        return face.guarded(request, lambda: JSONResponse(face.models()))
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        """One of them."""
+        found = next((m for m in face.models()["data"] if m["id"] == name), None)
+        missing = Refused(404, f"no model {name!r}", "model_not_found")
+        return face.guarded(request, lambda: JSONResponse(found) if found else missing.response())
+
+    @app.get("/healthz")
+    async def health() -> Response:
+        """Whether the ledger can be written; open to anyone."""
+        return await face.health()
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus."""
+        return face.guarded(
+            request,
+            lambda: Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4"),
+        )
+
+    @app.get("/")
+    async def page() -> Response:
+        """The page, which holds no data itself."""
+        headers = {"content-security-policy": _CSP, "x-content-type-options": "nosniff"}
+        return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
+
+    @app.get("/api/summary")
+    async def api_summary(request: Request) -> Response:
+        """What the page shows."""
+        try:
+            face.caller(request)
+            hours = min(max(float(request.query_params.get("hours", 24)), 0.05), 24 * 90)
+        except ValueError:
+            return Refused(400, "hours is a number", "bad_hours").response()
+        except Refused as refused:
+            return refused.response()
+        return JSONResponse(await face.summary(hours))
+
+    @app.put("/api/policy")
+    async def put_policy(request: Request) -> Response:
+        """Change the active policy: ``{"name": "cheap"}``."""
+        try:
+            face.caller(request)
+            body = await face.read(request)
+            gateway.use(str(body.get("name")))
+        except Refused as refused:
+            return refused.response()
+        except SkimpError as error:
+            return Refused(404, str(error), "policy_not_found").response()
+        log.info(json.dumps({"event": "policy", "active": gateway.active}))
+        return JSONResponse({"active": gateway.active})
+
+    return app
+
+
+class _Face:
+    """What the routes share."""
+
+    def __init__(self, gateway: Gateway, config: Config) -> None:
+        self.gateway, self.config = gateway, config
+        self.keys = caller_keys(config)
+        self.budgets = caller_budgets(config)
+        self.most = int(config.server.max_body_mb * 1e6)
+        self.in_flight = 0
+        self.since = int(time.time())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Sweep what a killed process left behind, now and every minute."""
+
+        async def sweep() -> None:
+            while True:
+                with contextlib.suppress(LedgerError):
+                    await self.gateway.ledger.sweep()
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(sweep())
+        yield
+        task.cancel()
+        await self.gateway.close()
+
+    # -- who and what -----------------------------------------------------------------------------
+
+    def caller(self, request: Request) -> str:
+        """Who is calling; pages of other origins may not."""
+        origin = request.headers.get("origin")
+        if origin and origin.split("://")[-1] != request.headers.get("host"):
+            raise Refused(403, "requests from pages of other origins are refused", "origin")
+        if not self.keys:
+            return "anyone"
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        caller = self.keys.get(hashlib.sha256(given).digest())
+        if caller is None:
+            raise Refused(
+                401, "the API key is missing or unknown", "invalid_api_key", "authentication_error"
+            )
+        return caller
+
+    def guarded(self, request: Request, make: Any) -> Response:
+        """A response for callers only."""
+        try:
+            self.caller(request)
+        except Refused as refused:
+            return refused.response()
+        response: Response = make()
+        return response
+
+    async def read(self, request: Request) -> dict[str, Any]:
+        """The body, if it is an object and not too large."""
+        too_large = Refused(
+            413, f"the body is larger than {self.config.server.max_body_mb:g} MB", "too_large"
+        )
+        if int(request.headers.get("content-length") or 0) > self.most:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(60):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.most:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise Refused(408, "the body did not arrive within 60 s", "slow_body") from None
+        try:
+            body = json.loads(b"".join(parts))
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is not JSON", "bad_json") from None
+        if not isinstance(body, dict):
+            raise Refused(400, "the body is not a JSON object", "bad_json")
+        return body
+
+    def policy(self, body: dict[str, Any], kind: Kind) -> Policy:
+        """Who answers: by ``model``, the active policy, another one, or a member alone."""
+        wanted = "messages" if kind == "chat/completions" else "prompt"
+        given = body.get(wanted)
+        if not given or (wanted == "messages" and not isinstance(given, list)):
+            raise Refused(400, f"`{wanted}` is missing or empty", "missing_field")
+        model, gateway = body.get("model"), self.gateway
+        if model == "skimp":
+            policy = gateway.policies[gateway.active]
+        elif isinstance(model, str) and model in gateway.policies:
+            policy = gateway.policies[model]
+        elif isinstance(model, str) and model in gateway.entries:
+            policy = Single(model, self.config.extractor)
+        else:
+            names = [m["id"] for m in self.models()["data"]]
+            raise Refused(404, f"no model {model!r}; there are {names}", "model_not_found")
+        n = body.get("n")
+        if isinstance(n, int) and n > 1:  # several answers to choose from are no vote
+            return Single(policy.members[-1], policy.extractor)
+        return policy
+
+    def models(self) -> dict[str, Any]:
+        """In OpenAI's form."""
+        names = dict.fromkeys(["skimp", *self.gateway.policies, *self.gateway.entries])
+        data = [
+            {"id": n, "object": "model", "created": self.since, "owned_by": "skimp"} for n in names
+        ]
+        return {"object": "list", "data": data}
+
+    # -- answering --------------------------------------------------------------------------------
+
+    async def complete(self, request: Request, kind: Kind) -> Response:
+        """Answer, and write one line into the log."""
+        begun = time.perf_counter()
+        facts: dict[str, Any] = {"event": "request", "path": kind}
+        if self.in_flight >= self.config.server.max_in_flight:
+            busy = Refused(503, "too many requests are under way", "overloaded", "server_error")
+            return busy.response({"retry-after": "1"})
+        self.in_flight += 1
+        self.gateway.metrics.in_flight.set(self.in_flight)
+        streaming = False
+        try:
+            caller = self.caller(request)
+            body = await self.read(request)
+            policy = self.policy(body, kind)
+            facts |= {"caller": caller, "policy": policy.name}
+            if self.config.server.log_prompts:
+                facts["prompt"] = body.get("messages") or body.get("prompt")
+            query = Query(kind, body, caller, self.budgets[caller])
+            answer = await _unless_gone(request, self.gateway.answer(query, policy))
+            if answer is None:
+                facts["status"] = 499
+                return Response(status_code=499)
+            facts |= {"status": 200, **{k[2:]: v for k, v in answer.headers.items()}}
+            if answer.stream is not None:
+                streaming = True
+                return _Relay(answer, self._done)
+            raw = json.dumps(answer.body, separators=(",", ":"), ensure_ascii=False).encode()
+            return Response(raw, media_type="application/json", headers=answer.headers)
+        except Refused as refused:
+            facts |= {"status": refused.status, "code": refused.code}
+            return refused.response()
+        except BudgetExceededError as error:
+            facts |= {"status": 429, "code": "insufficient_quota"}
+            return Refused(429, str(error), "insufficient_quota", "insufficient_quota").response()
+        except LedgerError as error:
+            facts |= {"status": 503, "code": "ledger"}
+            log.error(json.dumps({"event": "ledger", "error": str(error)}))
+            return Refused(503, "the ledger cannot be written", "ledger", "server_error").response()
+        except UnavailableError as error:
+            response, code = _unavailable(error)
+            facts |= {"status": response.status_code, "code": code}
+            return response
+        finally:
+            if not streaming:
+                self._done()
+            facts["ms"] = round(1000 * (time.perf_counter() - begun), 2)
+            log.info(json.dumps(facts))
+            self._raise_alarms()
+
+    def _done(self) -> None:
+        self.in_flight -= 1
+        self.gateway.metrics.in_flight.set(self.in_flight)
+
+    def _raise_alarms(self) -> None:
+        while self.gateway.alarms:
+            alarm = self.gateway.alarms.pop(0)
+            self.gateway.metrics.alarms.labels(self.gateway.active).inc()
+            log.warning(json.dumps({"event": "drift", "alarm": alarm}))
+
+    # -- looking on -------------------------------------------------------------------------------
+
+    async def health(self) -> Response:
+        """Whether the ledger answers within two seconds."""
+        try:
+            async with asyncio.timeout(2):
+                await self.gateway.ledger.sweep()
+        except (LedgerError, TimeoutError):
+            return JSONResponse({"status": "ledger unavailable"}, 503)
+        return JSONResponse({"status": "ok", "policy": self.gateway.active})
+
+    async def summary(self, hours: float) -> dict[str, Any]:
+        """What the page shows."""
+        found = await asyncio.to_thread(summary, self.gateway.ledger, hours)
+        return found | {
+            "active": self.gateway.active,
+            "in_flight": self.in_flight,
+            "policies": [self._describe(n, p) for n, p in self.gateway.policies.items()],
+            "prices": {
+                n: {"input": e.price.input, "output": e.price.output}
+                for n, e in self.gateway.entries.items()
+            },
+        }
+
+    def _describe(self, name: str, policy: Policy) -> dict[str, Any]:
+        record = getattr(policy, "record", {})
+        drift = self.gateway.drift_of(policy)
+        told: dict[str, Any] = {
+            "name": name,
+            "digest": policy.digest,
+            "members": list(policy.members),
+            "bound": policy.bound,
+        }
+        kept = (
+            "mode",
+            "delta",
+            "thresholds",
+            "held_out",
+            "evidence",
+            "exceedance_ceiling",
+            "split",
+        )
+        told |= {k: record[k] for k in (*kept, "frontier") if k in record}
+        if drift is not None:
+            told["drift"] = {
+                "queries": drift.exceedance.queries,
+                "exceedance": drift.exceedance.rate,
+                "ceiling": drift.exceedance.ceiling,
+                "evidence": {
+                    "exceedance": drift.exceedance.evidence,
+                    "exchangeability": drift.exchangeability.evidence,
+                },
+                "alarms": drift.alarms,
+            }
+        return told
+
+
+class _Relay(Response):
+    """Server-sent events. A caller who goes away ends the member's work at once."""
+
+    def __init__(self, answer: Answer, done: Any) -> None:
+        super().__init__(
+            headers={**answer.headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
+            media_type="text/event-stream",
+        )
+        del self.headers["content-length"]
+        self._stream, self._done = answer.stream, done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the stream or the caller ends."""
+        body = asyncio.create_task(self._send(send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({body, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (body, gone):
+                task.cancel()
+            await asyncio.gather(body, gone, return_exceptions=True)
+            self._done()
+
+    async def _send(self, send: Send) -> None:
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        assert self._stream is not None
+        stream: Any = self._stream
+        async with contextlib.aclosing(stream):
+            started = False
+            async for data in stream:
+                if not started:
+                    await send(head)
+                    started = True
+                await send(_part(b"data: " + data + b"\n\n"))
+            if not started:
+                await send(head)
+        await send(_part(b"data: [DONE]\n\n", more=False))
+
+
+def _part(data: bytes, *, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless_gone(request: Request, work: Any) -> Answer | None:
+    """Do the work, unless the caller hangs up before it is done; then stop it."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            answer: Answer = task.result()
+            return answer
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None
+    finally:
+        task.cancel()  # nothing happens to one that is done
+        gone.cancel()
+
+
+def _unavailable(error: UnavailableError) -> tuple[Response, str]:
+    """What a caller sees when nobody answered: the member's own refusal, if that was it."""
+    cause = error.cause
+    if cause is None:
+        return Refused(504, str(error), "timeout", "server_error").response(), "timeout"
+    if cause.status is not None and not cause.passing and isinstance(cause.body, dict):
+        return JSONResponse(cause.body, cause.status), cause.kind
+    if cause.status == 429:
+        status, text = 429, "every member is out of capacity"
+    else:
+        status = 504 if cause.kind == "timeout" else 502
+        text = f"no member answered; the last: {cause.message}"
+    return Refused(status, text, cause.kind, "server_error").response(), cause.kind
