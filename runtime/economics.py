@@ -219,7 +219,7 @@ def frontier(
     x = np.stack(columns, 1)
     no_worse = (x[:, None] <= x[None]).all(-1)
     better = (x[:, None] < x[None]).any(-1)
-    kept: NDArray[np.bool_] = ~(no_worse & better).any(0)
+    kept: NDArray[np.bool_] = np.logical_not((no_worse & better).any(0))
     return kept
 
 
@@ -251,7 +251,7 @@ def read_sweep(path: Path) -> tuple[dict[str, Any], list[Level]]:
         if record.get("format") != "skimp-sweep" or record.get("version") != 1:
             raise EconomicsError(f"{path} is no sweep of version 1")
         levels = [
-            Level(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+            Level(**{**row, "ttft": tuple(row["ttft"]), "seconds": tuple(row["seconds"])})
             for row in record["levels"]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -23,7 +23,8 @@ def binomial_cdf(n: int, p: float) -> NDArray[np.float64]:
     k = np.arange(1, n + 1)
     log = n * math.log1p(-p) + np.cumsum(np.log((n - k + 1) / k) + math.log(p / (1 - p)))
     pmf = np.exp(np.append(n * math.log1p(-p), log))
-    return np.minimum(np.cumsum(pmf), 1.0)
+    found: NDArray[np.float64] = np.minimum(np.cumsum(pmf), 1.0)
+    return found
 
 
 def p_values(violations: NDArray[np.int64], n: int, alpha: float) -> NDArray[np.float64]:

@@ -92,7 +92,7 @@ def caller_keys(config: Config) -> dict[bytes, str]:
 
 def caller_budgets(config: Config) -> dict[str, tuple[Budget, ...]]:
     """The budgets that hold for a caller; ``anyone`` where there are no callers."""
-    everyone = ()
+    everyone: tuple[Budget, ...] = ()
     if config.budget is not None:
         everyone = (Budget("total", config.budget.usd, config.budget.per),)
     found: dict[str, tuple[Budget, ...]] = {"anyone": everyone}

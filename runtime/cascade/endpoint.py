@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -119,7 +119,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
     """The data of server-sent events, until ``[DONE]``; a stream that just ends is broken."""
     rest, size = b"", 0
     async for part in response.content.iter_any():

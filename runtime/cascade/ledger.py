@@ -22,7 +22,8 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from ...ir.errors import SkimpError
 
 _meta = sa.MetaData()
-_F, _I = sa.Double(), sa.Integer()
+_F: sa.Double[float] = sa.Double()
+_I = sa.Integer()
 
 requests = sa.Table(
     "requests",

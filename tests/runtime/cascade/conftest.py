@@ -1,0 +1,166 @@
+"""Providers and servers on loopback, for the tests of serving."""
+
+import importlib.util
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("aiohttp")
+import uvicorn
+from skimp.runtime.cascade.build import build_gateway
+from skimp.runtime.cascade.config import parse_config
+from skimp.runtime.cascade.server import create_app
+
+HERE = Path(__file__).parent
+spec = importlib.util.spec_from_file_location("skimp_test_stub", HERE / "stub.py")
+stub = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stub)
+
+
+@pytest.fixture(scope="session")
+def stub_module():
+    return stub
+
+
+@pytest.fixture
+def provider():
+    """A function that starts a provider."""
+    with stub.Background() as background:
+        found = []
+
+        def start():
+            one = stub.Stub()
+            background.run(one.listen())
+            found.append(one)
+            return one
+
+        yield start
+        for one in found:
+            background.run(one.runner.cleanup())
+
+
+class Running:
+    """A server in a thread, its gateway, and what its ledger says."""
+
+    def __init__(self, config, folder):
+        self.config = parse_config(config)
+        self.gateway = build_gateway(self.config, folder)
+        app = create_app(self.gateway, self.config)
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", access_log=False)
+        )
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        end = time.monotonic() + 20
+        while not self.server.started:
+            assert self.thread.is_alive()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.root = f"http://127.0.0.1:{port}"
+        self.url = f"{self.root}/v1"
+
+    def rows(self, table):
+        import sqlalchemy as sa
+        from skimp.runtime.cascade import ledger
+
+        with self.gateway.ledger.reader.connect() as connection:
+            query = sa.select(getattr(ledger, table))
+            return [dict(r) for r in connection.execute(query).mappings()]
+
+    def wait(self, condition, seconds=10):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.02)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(20)
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """A function that serves a configuration."""
+    running = []
+
+    def start(config):
+        config.setdefault("ledger", f"sqlite:///{tmp_path}/ledger-{len(running)}.db")
+        running.append(Running(config, tmp_path))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.stop()
+
+
+@pytest.fixture
+def write_policy(tmp_path):
+    """A function that writes a policy file with thresholds of one's own."""
+    from skimp.runtime.cascade import policy
+
+    def write(members, thresholds, **more):
+        record = {
+            "format": policy.FORMAT,
+            "version": policy.VERSION,
+            "extractor": "number",
+            "members": [{"name": n, "samples": k} for n, k in members],
+            "thresholds": thresholds,
+            "budget": 1.0,
+            "alpha": 0.1,
+            "exceedance_ceiling": 0.1,
+            "calibration_costs": [0.001 * i for i in range(50)],
+            **more,
+        }
+        record["sha256"] = policy._hash(record)
+        path = tmp_path / "policy.json"
+        policy.save_policy(record, path)
+        return path.name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of real data, or a skip."""
+    default = Path(__file__).resolve().parents[4] / "shared" / "data"
+    path = Path(os.environ.get("SKIMP_DATA") or default)
+    if not path.exists():
+        pytest.skip(f"no data in {path}; set SKIMP_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gsm_traces(data):
+    """Recorded samples of Llama-2-13B and GPT-4 on 400 questions of GSM8K, as traces.
+
+    Prices are those of the paper's settings: words as tokens, US dollars per million.
+    """
+    weak = json.loads((data / "cascade_samples/gsm_pot_llama2_13B.json").read_text())
+    strong = json.loads((data / "cascade_samples/gsm_pot_GPT4.json").read_text())[: len(weak)]
+    traces, gold = [], []
+
+    def samples(row, stored, price):
+        tokens = [round(1.25 * len(g.split())) for g in row["generated"]]
+        tokens += [tokens[-1] if tokens else 60] * stored
+        answers = [*row["results"], *[None] * stored][:stored]
+        prompt = round(1.25 * len(row["question"].split())) + 900  # eight worked examples
+        return [
+            {"answer": a, "cost": 1e-6 * (price[0] * prompt / stored + price[1] * t)}
+            for a, t in zip(answers, tokens, strict=False)
+        ]
+
+    for i, (a, b) in enumerate(zip(weak, strong, strict=True)):
+        assert a["question"] == b["question"]
+        members = {
+            "llama-13b": {"samples": samples(a, 24, (0.25, 0.5))},
+            "gpt-4": {"samples": samples(b, 3, (10, 30))},
+        }
+        traces.append({"id": str(i), "members": members, "gold": a["answer"]})
+        gold.append(float(a["answer"]))
+    return traces, gold
