@@ -643,9 +643,7 @@ async def _as_stream(body: dict[str, Any], trip: Trip) -> AsyncIterator[bytes]:
     """A finished answer in chunks."""
     chat = trip.query.kind == "chat/completions"
     keep = {k: body[k] for k in ("id", "created", "model", "system_fingerprint") if k in body}
-    head: dict[str, Any] = keep | {
-        "object": "chat.completion.chunk" if chat else "text_completion"
-    }
+    head: dict[str, Any] = keep | {"object": "chat.completion.chunk" if chat else "text_completion"}
 
     def chunk(**choice: Any) -> bytes:
         return json.dumps({**head, "choices": [{"index": 0, **choice}]}).encode()

@@ -253,13 +253,13 @@ class Ledger:
                 with self.engine.begin() as connection:
                     _apply(connection, ops)
                 break
-            except OperationalError as error:  # the database restarts, or is locked
-                if tries == 7:
-                    _fail(ops, error)
-                else:
-                    time.sleep(min(0.05 * 2**tries, 1.0))
             except Exception as error:  # the thread must outlive whatever one batch does
-                if len(ops) > 1:  # one row cannot be written: the others can
+                if tries < 7 and _passing(error):
+                    time.sleep(min(0.05 * 2**tries, 1.0))
+                    continue
+                if len(ops) > 1 and not _passing(
+                    error
+                ):  # one row cannot be written: the others can
                     for op in ops:
                         self._commit([op])
                     return
@@ -506,6 +506,14 @@ def _seen(done: "asyncio.Future[None]") -> None:
     """Mark an error as looked at: not every settlement is awaited."""
     if not done.cancelled():
         done.exception()
+
+
+def _passing(error: Exception) -> bool:
+    """Whether the database may be back in a moment: it restarts, or is locked."""
+    if not isinstance(error, OperationalError):
+        return False
+    text = str(error.orig)
+    return "sqlite" not in type(error.orig).__module__ or "locked" in text or "busy" in text
 
 
 def _first(error: Exception) -> str:

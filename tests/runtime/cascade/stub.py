@@ -139,7 +139,9 @@ class Stub:
         return response
 
     async def listen(self, port=0):
-        self.runner = web.AppRunner(self.app(), shutdown_timeout=0.1)
+        self.runner = web.AppRunner(
+            self.app(), shutdown_timeout=0.1, handler_cancellation=True, lingering_time=0
+        )
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", port)
         await site.start()
