@@ -207,8 +207,8 @@ class _Job:
             texts = self.member.tokenizer.batch_decode(
                 ids[:, self.prompt_tokens :], skip_special_tokens=True
             )
-            cut = [self._cut(t) for t in texts]
-            if self.put is not None and not texts[0].endswith("\ufffd"):  # half a character
+            cut = [self._cut(t.rstrip("\ufffd")) for t in texts]  # half a character stops nothing
+            if self.put is not None and not texts[0].endswith("\ufffd"):
                 self._emit(cut[0][0] if cut[0][1] else self._safe(cut[0][0]))
             return torch.tensor([done or found for _, found in cut])
         return torch.full((len(ids),), done)

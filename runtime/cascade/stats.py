@@ -28,9 +28,15 @@ def summary(ledger: Ledger, hours: float = 24.0, now: float | None = None) -> di
     bucket = sa.cast((requests.c.at - since) / width, sa.Integer)
     with ledger.reader.connect() as c:
         head = c.execute(
-            sa.select(count, total, guess, over, bounded, sa.func.avg(requests.c.seconds)).where(
-                recent
-            )
+            sa.select(
+                count,
+                total,
+                guess,
+                over,
+                bounded,
+                sa.func.avg(requests.c.seconds),
+                sa.func.min(requests.c.at),
+            ).where(recent)
         ).one()
         routes = c.execute(
             sa.select(requests.c.route, requests.c.status, count, total)
@@ -91,6 +97,7 @@ def summary(ledger: Ledger, hours: float = 24.0, now: float | None = None) -> di
         "over": int(head[3] or 0),
         "bounded": head[4],
         "mean_seconds": head[5],
+        "first": head[6],
         "routes": [
             dict(zip(("route", "status", "requests", "cost"), r, strict=True)) for r in routes
         ],

@@ -212,7 +212,7 @@ def tiny():
     from skimp.runtime.cascade.local import LocalModel
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [chr(c) for c in range(33, 127)] + ["\u0120", "\u010a"]  # ASCII, space, new line
     vocabulary = {"<end>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
