@@ -190,6 +190,9 @@ class Ledger:
         self._queue: queue.SimpleQueue[_Op | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="skimp-ledger", daemon=True)
         self._thread.start()
+        self._stopping = threading.Event()
+        if self.engine.dialect.name == "sqlite":
+            threading.Thread(target=self._tidy, name="skimp-checkpoint", daemon=True).start()
 
     # -- called from the event loop ---------------------------------------------------------------
 
@@ -221,10 +224,20 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is waiting, and stop."""
+        self._stopping.set()
         self._queue.put(None)
         self._thread.join(timeout=30)
         self.engine.dispose()
         self.reader.dispose()
+
+    def _tidy(self) -> None:
+        """Move SQLite's log into the database every so often, which no request should wait for."""
+        while not self._stopping.wait(2.0):
+            try:
+                with self.reader.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+            except SQLAlchemyError:
+                continue  # the next one will do
 
     # -- the thread -------------------------------------------------------------------------------
 
@@ -466,7 +479,12 @@ def _engine(url: str) -> Engine:
     @sa.event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # the driver must not begin transactions of its own
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=30000"):
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=NORMAL",
+            "busy_timeout=30000",
+            "wal_autocheckpoint=0",  # see _tidy
+        ):
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")

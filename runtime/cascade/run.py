@@ -1,5 +1,6 @@
 """Run the server in this process."""
 
+import gc
 import logging
 import sys
 
@@ -29,6 +30,8 @@ def run(gateway: Gateway, config: Config, host: str, port: int) -> int:
             timeout_keep_alive=30,
         )
     )
+    gc.collect()
+    gc.freeze()  # or every full collection walks all of torch, for a tenth of a second
     try:
         server.run()
     except SystemExit:
