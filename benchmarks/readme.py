@@ -88,9 +88,30 @@ def gpu():
     )
 
 
+def gateway():
+    result = read("gateway")
+    others = [n for n in result["at_once"]["1"] if n != "direct"]
+    names = {
+        "skimp": "`skimp serve`",
+        "litellm": f"litellm {result['versions'].get('litellm', '')}",
+    }
+    rows = []
+    for at_once, found in result["at_once"].items():
+        for n in others:
+            r = found[n]
+            over = [f"{r['p50_over_direct']:.1f}", f"{r['p99_over_direct']:.1f}"]
+            rows.append([at_once, names.get(n, n), *over, f"{r['rate']:,.0f}"])
+    text = f"What a proxy adds to a call, {result['versions']['cores']} cores of "
+    text += f"{result['versions']['cpu']}, against asking the same loopback member directly; "
+    text += "`skimp serve` keeps a durable ledger and a budget while it is measured "
+    text += "(`gateway.json`):\n\n"
+    head = ["requests at once", "", "p50, ms", "p99, ms", "requests/s"]
+    return text + table(head, rows)
+
+
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    parts = "\n".join([quality(), encoder(), blocks(), gpu()])
+    parts = "\n".join([quality(), encoder(), blocks(), gpu(), gateway()])
     page = ROOT / "README.md"
     page.write_text(BLOCK.sub(lambda m: m[1] + parts + m[2], page.read_text()))
 

@@ -77,7 +77,7 @@ def _sweep(record: Mapping[str, Any]) -> str:
         [
             str(r["concurrency"]),
             f"{r['rate']:.3g}",
-            f"{r['tokens_per_second']:.3g}",
+            f"{r['tokens_per_second']:,.0f}",
             f"{r['ttft']:.3g} ({r['ttft_interval'][0]:.3g}-{r['ttft_interval'][1]:.3g})",
             f"{r['average_cost']:.3g} ({r['average_cost_interval'][0]:.3g}-"
             f"{r['average_cost_interval'][1]:.3g})",

@@ -80,10 +80,14 @@ class BudgetConfig(_Strict):
 
 
 class CallerConfig(_Strict):
-    """Somebody who may call: the environment variable with their key, and their budget."""
+    """Somebody who may call: the environment variable with their key, and their budget.
+
+    ``admin`` callers may change the active policy.
+    """
 
     key: str
     budget: BudgetConfig | None = None
+    admin: bool = False
 
 
 class ServerConfig(_Strict):

@@ -8,6 +8,7 @@ model; a converted one can take the place of ``quick`` in a configuration file (
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from ...ir.cost import cache_dir
 from ..economics import Machine, token_price
@@ -60,7 +61,7 @@ def demo_gateway(
         "always-quick": Single("quick"),
         "always-careful": Single("careful"),
     }
-    path = cache_dir() / "demo-ledger.db"
+    path = ledger_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     config = parse_config(
         {
@@ -72,3 +73,8 @@ def demo_gateway(
         }
     )
     return config, Gateway(entries, policies, "cascade", Ledger(config.ledger))
+
+
+def ledger_path() -> Path:
+    """Where the demo keeps its ledger from one start to the next."""
+    return cache_dir() / "demo-ledger.db"

@@ -9,7 +9,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,11 +118,15 @@ class Trip:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Either a body or a stream of the data of server-sent events."""
+    """Either a body or a stream of the data of server-sent events.
+
+    ``report`` tells the route and its cost; of a stream, once that has ended.
+    """
 
     headers: dict[str, str]
     body: dict[str, Any] | None = None
     stream: AsyncIterator[bytes] | None = None
+    report: Callable[[], dict[str, Any]] | None = None
 
 
 class Gateway:
@@ -161,7 +165,7 @@ class Gateway:
         self.metrics = Metrics()
         self._extractors: dict[str, Extractor] = {}
         self._drifts: dict[str, Drift] = {}
-        self.alarms: list[str] = []
+        self.alarms: list[tuple[str, str]] = []
         self.use(active)
 
     def use(self, name: str) -> None:
@@ -305,7 +309,7 @@ class Gateway:
         body = {**reply.body, "choices": choices, "skimp": trip.report()}
         if not trip.query.stream:
             return Answer(trip.headers(), body)
-        return Answer(trip.headers(), stream=_as_stream(body, trip))
+        return Answer(trip.headers(), stream=_as_stream(body, trip), report=trip.report)
 
     async def _stream(self, trip: Trip, step: Call) -> Answer:
         """Stream the final member, or its fallbacks as long as nothing was sent."""
@@ -322,9 +326,8 @@ class Gateway:
                         continue
                     break
                 trip.served = step.member
-                return Answer(
-                    trip.headers() | {"x-skimp-route": opened.path}, stream=opened.relay()
-                )
+                headers = trip.headers() | {"x-skimp-route": opened.path}
+                return Answer(headers, stream=opened.relay(), report=trip.report)
             trip.route.append({"member": name, "status": error.kind if error else "error"})
             if error is not None and not error.passing:
                 raise error
@@ -465,7 +468,8 @@ class Gateway:
         )
         drift = self.drift_of(trip.policy)
         if drift is not None and status in ("ok", "degraded"):
-            self.alarms += drift.add(trip.cost + trip.estimate)
+            raised = drift.add(trip.cost + trip.estimate)
+            self.alarms += [(trip.policy.name, text) for text in raised]
         self.metrics.request(row, drift)
         return self.ledger.finish(row)
 

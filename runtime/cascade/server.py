@@ -107,7 +107,7 @@ def create_app(gateway: Gateway, config: Config) -> FastAPI:
     async def put_policy(request: Request) -> Response:
         """Change the active policy: ``{"name": "cheap"}``."""
         try:
-            face.caller(request)
+            face.admin(request)
             body = await face.read(request)
             gateway.use(str(body.get("name")))
         except Refused as refused:
@@ -162,6 +162,12 @@ class _Face:
                 401, "the API key is missing or unknown", "invalid_api_key", "authentication_error"
             )
         return caller
+
+    def admin(self, request: Request) -> None:
+        """Whoever is calling must be allowed to change things."""
+        caller = self.caller(request)
+        if self.keys and not self.config.callers[caller].admin:
+            raise Refused(403, "only an admin may change the policy", "admin", "permission_error")
 
     def guarded(self, request: Request, make: Any) -> Response:
         """A response for callers only."""
@@ -283,9 +289,9 @@ class _Face:
 
     def _raise_alarms(self) -> None:
         while self.gateway.alarms:
-            alarm = self.gateway.alarms.pop(0)
-            self.gateway.metrics.alarms.labels(self.gateway.active).inc()
-            log.warning(json.dumps({"event": "drift", "alarm": alarm}))
+            policy, alarm = self.gateway.alarms.pop(0)
+            self.gateway.metrics.alarms.labels(policy).inc()
+            log.warning(json.dumps({"event": "drift", "policy": policy, "alarm": alarm}))
 
     # -- looking on -------------------------------------------------------------------------------
 
@@ -353,7 +359,7 @@ class _Relay(Response):
             media_type="text/event-stream",
         )
         del self.headers["content-length"]
-        self._stream, self._done = answer.stream, done
+        self._stream, self._report, self._done = answer.stream, answer.report, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the stream or the caller ends."""
@@ -380,6 +386,8 @@ class _Relay(Response):
                 await send(_part(b"data: " + data + b"\n\n"))
             if not started:
                 await send(head)
+        if self._report is not None:  # as a comment, which clients of OpenAI's API skip
+            await send(_part(b": skimp " + json.dumps(self._report()).encode() + b"\n\n"))
         await send(_part(b"data: [DONE]\n\n", more=False))
 
 

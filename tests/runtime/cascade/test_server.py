@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -254,7 +255,7 @@ def test_callers_need_their_key_and_stay_in_their_budget(
         write_policy,
         callers={
             "alice": {"key": "ALICE", "budget": {"usd": 0.02, "per": "day"}},
-            "bob": {"key": "BOB"},
+            "bob": {"key": "BOB", "admin": True},
         },
     )
     config["members"]["large"] |= {"key": "UPSTREAM", "max_tokens": 500}
@@ -263,6 +264,13 @@ def test_callers_need_their_key_and_stay_in_their_budget(
         ask(server)
     assert httpx.get(f"{server.root}/metrics").status_code == 401
     assert httpx.get(f"{server.root}/healthz").status_code == 200
+    for key, status in (("key-of-alice", 403), ("key-of-bob", 200), ("none", 401)):
+        reply = httpx.put(
+            f"{server.root}/api/policy",
+            json={"name": "cascade"},
+            headers={"authorization": f"Bearer {key}"},
+        )
+        assert reply.status_code == status
     bob, alice = client(server, "key-of-bob"), client(server, "key-of-alice")
     many = dict(model="large", messages=[{"role": "user", "content": "large=ok:1"}])
     assert alice.chat.completions.create(**many).choices[0].message.content == "1"
@@ -385,6 +393,8 @@ def test_curl(provider, write_policy, serve):
         "-N", f"{server.url}/chat/completions", *header, "-d", body[:-1] + ', "stream": true}'
     )
     assert streamed.rstrip().endswith("data: [DONE]")
+    told = json.loads(re.search(r"^: skimp (.*)$", streamed, re.MULTILINE)[1])
+    assert told["route"][0]["prompt_tokens"] == 33
     assert "text/event-stream" in streamed
     assert (
         "404"
