@@ -136,10 +136,10 @@ def wait_for(port, model, process, seconds=90):
             time.sleep(0.3)
 
 
-def start(folder, litellm):
-    """The processes, and where to ask each."""
+def start(folder, litellm, children):
+    """Start the processes; where to ask each."""
     stub, ours, theirs = free_port(), free_port(), free_port()
-    children, targets = [], {}
+    targets = {}
 
     def run(name, args, port, model):
         log = (folder / f"{name}.log").open("w")
@@ -172,7 +172,7 @@ def start(folder, litellm):
         (folder / "l.yaml").write_text(json.dumps(theirs_config))
         args = [litellm, "--config", "l.yaml", "--port", str(theirs), "--host", "127.0.0.1"]
         run("litellm", args, theirs, "stub")
-    return children, targets
+    return targets
 
 
 def quantile(values, q):
@@ -255,8 +255,9 @@ def main():
     rounds, scale = (2, 1) if args.quick else (5, 2)
     versions = {"python": platform.python_version(), "cores": os.cpu_count(), "cpu": cpu()}
     with tempfile.TemporaryDirectory() as name:
-        children, targets = start(Path(name), args.litellm)
+        children = []
         try:
+            targets = start(Path(name), args.litellm, children)
             levels = {}
             for at_once, count in ((1, 100), (16, 320), (64, 640)):
                 levels[at_once] = compare(targets, at_once, count * scale, rounds)
