@@ -25,8 +25,11 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     held = {n for n in names if ".dist-info/" not in n}
-    files = [p for r in ROOMS for p in (ROOT / r).rglob("*") if p.suffix in (".py", ".h", ".cpp")]
-    files += [ROOT / n for n in ("__init__.py", "__main__.py", "cli.py", "py.typed")]
+    kinds = (".py", ".h", ".cpp", ".html")
+    files = [p for r in ROOMS for p in (ROOT / r).rglob("*") if p.suffix in kinds]
+    files += [
+        ROOT / n for n in ("__init__.py", "__main__.py", "cli.py", "cli_cascade.py", "py.typed")
+    ]
     assert held == {f"skimp/{p.relative_to(ROOT)}" for p in files if "__pycache__" not in p.parts}
 
 
