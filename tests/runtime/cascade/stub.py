@@ -129,6 +129,7 @@ class Stub:
         if act == "halt":
             await asyncio.sleep(600)
         if act == "break":
+            await asyncio.sleep(0.2)  # a reset takes back what has not been read yet
             request.transport.abort()
             return response
         await send(piece("", "stop"))
