@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..ir.block import DynkFFN
 from ..ir.cost import dense_flops, ffn_share, spent_flops
@@ -93,6 +92,8 @@ def whole_model_flops(
         ``dense`` and ``converted``, of which ``ffn_dense`` is what is converted; ``ffn_share`` and
         ``whole_share`` are what is left of them.
     """
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # imports triton
+
     places = lifted_layers(gm)
     rows = dict.fromkeys(places, 0)
 
