@@ -68,6 +68,8 @@ def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Qualit
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count  # imports triton
+
     return int(sdpa_flop_count(query, key, value))
 
 
@@ -92,7 +94,7 @@ def whole_model_flops(
         ``dense`` and ``converted``, of which ``ffn_dense`` is what is converted; ``ffn_share`` and
         ``whole_share`` are what is left of them.
     """
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # imports triton
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     places = lifted_layers(gm)
     rows = dict.fromkeys(places, 0)
