@@ -249,7 +249,8 @@ def aot(
     """Compile a model's GPU kernels for a device that need not be here, and report what they take.
 
     NVIDIA kernels report bytes spilled, AMD ones registers spilled. Predicted times are bounds from
-    published peaks, not measurements.
+    published peaks, not measurements. On a machine with such a device
+    skimp.codegen.triton.driver.serve(file) lets the model run them; Triton need not be there.
     """
     from .codegen.triton import aot as ahead
     from .codegen.triton import report
@@ -259,15 +260,16 @@ def aot(
     from .runtime.store import load
 
     gm = load(folder, load_pretrained(model).model)
-    specs = sorted({ahead.spec_of(b, dtype) for b in blocks(gm).values()}, key=lambda s: s.name)
+    found = {(ahead.spec_of(b, dtype), b.router.down.out_features) for b in blocks(gm).values()}
     path = out or folder / f"{target}.kernels"
-    lines = [report.line(c) for c in write(path, specs, target)]
+    made = write(path, sorted(found, key=lambda f: (f[0].name, f[1])), target)
+    lines = [report.line(c) for c in made]
     if as_json:
         print(json.dumps(lines))  # noqa: T201
         return
     table = Table(*report.COLUMNS.values())
-    for found in lines:
-        table.add_row(*(str(found[n]) for n in report.COLUMNS))
+    for line in lines:
+        table.add_row(*(str(line[n]) for n in report.COLUMNS))
     _out.print(table)
     _out.print(f"Kernels: {path}")
 

@@ -4,8 +4,9 @@ The dense network is the best of eager PyTorch and ``torch.compile``, in the lin
 ``mode="max-autotune"``, whose search takes most of a minute a line.
 Everything timed is captured in a CUDA graph and replayed in turns; medians with quartiles. Weights
 are several copies in rotation, so that few rows read them from memory as in a model, not from the
-cache. No speed-up is printed where outputs disagree. Scores are Bernoulli. Without a GPU only what
-the compiler and a cost model say is printed, for every target.
+cache. No speed-up is printed where outputs disagree. Scores are Bernoulli, but in the section
+"router", which times routers that kernels take over against routers of PyTorch. Without a GPU only
+what the compiler and a cost model say is printed, for every target.
 """
 
 import argparse
@@ -17,34 +18,39 @@ from pathlib import Path
 
 import torch
 from gpu_check import CASES, check, check_machinery
-from gpu_timing import bernoulli, block, line
+from gpu_timing import bernoulli, block, line, router_line
 from skimp.codegen.triton import kernels as K
 from skimp.codegen.triton import report
-from skimp.codegen.triton.aot import TARGETS, compile_all
+from skimp.codegen.triton.aot import compile_all
 from skimp.codegen.triton.launch import run
-from skimp.codegen.triton.spec import TritonSpec, choose
+from skimp.codegen.triton.spec import choose
 from skimp.ir.cost import write_atomically
 
 SHAPES = [(384, 1536, False), (768, 3072, False), (576, 1536, True), (2048, 8192, True)]
 HELPERS = 14
 SHARES = (1.0, 0.7, 0.5, 0.3, 0.2)
 PAPER = dict(rows=50432, d=768, d_ff=3072, e=128)
-REPORTED = (
-    TritonSpec("relu", False, True, False, True, 128, 768, 3072, 768, "bfloat16"),
-    TritonSpec("silu", True, False, False, True, 64, 576, 1536, 576, "bfloat16"),
-)
+ROOT = Path(__file__).parents[1]
 
 
 def static(write):
-    """What compiler and roofline say of each kernel; with ``write`` as ``docs/kernels.md``."""
-    found = [c for s in REPORTED for target in TARGETS for c in compile_all(s, target)]
-    text = report.document(found)
-    if write:
-        path = Path(__file__).parents[1] / "docs" / "kernels.md"
+    """What compiler and roofline say of each kernel; with ``write`` into the repository."""
+    found = []
+    todo = report.configurations()
+    for i, (spec, target) in enumerate(todo):
+        if sys.stderr.isatty():
+            print(f"{i + 1}/{len(todo)} {report.title(spec)} for {target}", file=sys.stderr)
+        found += compile_all(spec, target)
+    held = report.record(found, __import__("triton").__version__)
+    if not write:
+        print(report.document(held))
+        return
+    for path, text in (
+        (ROOT / "benchmarks" / "results" / "gpu-static.json", report.to_json(held)),
+        (ROOT / "docs" / "kernels.md", report.document(held)),
+    ):
         write_atomically(path, text.encode())
         print(path)
-    else:
-        print(text)
 
 
 def warm(what):
@@ -85,6 +91,9 @@ def lines():
             autotune = (d == 768 and rows in (1, 16, 2048)) or (d == 2048 and rows == 2048)
             plan.append(("table", (d, d_ff, gated, rows, torch.bfloat16, [8, 128],
                                    (1.0, 0.5, 0.3, 0.2)), dict(autotune=autotune)))  # fmt: skip
+    for rows in (1, 16, 50432):
+        for d, d_ff, e in ((768, 3072, 128), (2048, 8192, 128)):
+            plan.append(("router", (d, d_ff, e, 128, rows), {}))
     return plan
 
 
@@ -93,15 +102,15 @@ def helper(i):
     if i < len(CASES):
         print(json.dumps(check(CASES[i])))
     for section, what, more in lines()[i::HELPERS]:
-        del section
-        warm((*what, more))
+        if section != "router":
+            warm((*what, more))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--static", action="store_true", help="write docs/kernels.md, time nothing")
-    parser.add_argument("--only", default="check,paper,decode,table")
+    parser.add_argument("--static", action="store_true", help="write what compilers say, time nothing")
+    parser.add_argument("--only", default="check,paper,decode,router,table")
     parser.add_argument("--seconds", type=float, default=480, help="start no line after so many")
     parser.add_argument("--helper", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -141,7 +150,8 @@ def main():
         precise = "high" if more.get("precision") == "tf32" else "highest"
         torch.set_float32_matmul_precision(precise)  # of the dense network: what its kernels have
         try:
-            result.setdefault(section, []).append(line(*what, **more))
+            timed = router_line(*what) if section == "router" else line(*what, **more)
+            result.setdefault(section, []).append(timed)
         except AssertionError as disagreement:  # no figure without the right output
             result.setdefault("refused", []).append(str(disagreement))
             print("REFUSED:", disagreement, flush=True)

@@ -7,7 +7,7 @@ from gpu_timing import TOLERANCE, bernoulli, block, capture, error
 from skimp.codegen.triton import kernels as K
 from skimp.codegen.triton import tuned
 from skimp.codegen.triton.launch import run
-from skimp.codegen.triton.spec import TritonSpec
+from skimp.codegen.triton.spec import TritonSpec, scores_fit
 from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import dynk_ffn, reference
 from torch.nn import functional as F
@@ -45,7 +45,25 @@ def check(case):
                 key = f"{plan} {name}"
                 worst[key] = max(worst.get(key, 0.0), found)
                 assert found <= TOLERANCE[name], (case, name, rows, plan, found)
+                if scores_fit(spec, plan, 64):
+                    check_router(spec, plan, x, args, name)
     return worst
+
+
+def check_router(spec, plan, x, args, name):
+    """A router that a kernel takes over, at tau = 0 (all run) and 0.3 (a row in 50 may differ)."""
+    g = torch.Generator("cuda").manual_seed(2)
+    down, up = (
+        (torch.randn(*shape, generator=g, device="cuda") * shape[-1] ** -0.5).to(x.dtype)
+        for shape in ((64, spec.d), (spec.experts, 64))
+    )
+    scores = F.linear(torch.relu(F.linear(x, down)), up).abs()
+    for level in (0.0, 0.3):
+        tau = torch.tensor(level, device="cuda")
+        got = run(spec, plan, x, (down, up), tau, *args[3:9]).double()
+        want = reference(x, scores, tau, *args[3:]).double()
+        apart = (got - want).norm(dim=-1) > 10 * TOLERANCE[name] * want.norm(dim=-1)
+        assert apart.double().mean() <= (0.02 if level else 0), (spec.name, plan, level)
 
 
 def check_machinery():

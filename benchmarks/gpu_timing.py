@@ -163,3 +163,39 @@ def line(d, d_ff, gated, rows, dtype, sizes, shares, autotune=False, precision="
     print(f"{what} vs {best} "
           f"{result[best]['us']:.1f} us: {shown}", flush=True)  # fmt: skip
     return result
+
+
+def router_line(d, d_ff, e, width, rows):
+    """Time a bfloat16 block with a router that kernels take over, against one of PyTorch."""
+    w = block(d, d_ff, e, False, torch.bfloat16)
+    g = torch.Generator("cuda").manual_seed(1)
+    x, down, up = (
+        (torch.randn(*shape, generator=g, device="cuda") * shape[-1] ** -0.5).to(torch.bfloat16)
+        for shape in ((rows, d), (width, d), (d_ff // e, width))
+    )
+    scores = F.linear(torch.relu(F.linear(x, down)), up).abs()
+    tau = torch.tensor(0.5, device="cuda")
+    spec = K._prepare(x, scores, w[:6], e, w[7], "ieee")
+    plan = choose(spec, rows)
+    outputs, calls = {}, {}
+    for name, routed in (
+        ("PyTorch", lambda: F.linear(torch.relu(F.linear(x, down)), up).abs()),
+        ("fused", lambda: (down, up)),
+    ):
+        calls[name], outputs[name] = capture(
+            lambda routed=routed: run(spec, plan, x, routed(), tau, *w[:6])
+        )
+        calls[name]()
+    # a sum in another order may round a score to the other side of its threshold
+    rows_alike = (outputs["fused"] - outputs["PyTorch"]).float().norm(dim=-1) <= 2e-2 * (
+        outputs["PyTorch"].float().norm(dim=-1)
+    )
+    if rows_alike.float().mean() < 0.99:
+        raise AssertionError(f"{d}/{d_ff}, {rows} rows: {float(rows_alike.float().mean()):.0%}")
+    times = compare(calls)
+    result = dict(d=d, d_ff=d_ff, e=e, width=width, rows=rows, plan=plan)
+    for name, (median, low, high) in times.items():
+        result[name] = dict(us=median * 1e3, low=low * 1e3, high=high * 1e3)
+    result["speedup"] = times["PyTorch"][0] / times["fused"][0]
+    print(f"router of {d}/{d_ff}, {rows} rows [{plan}]: fused {result['speedup']:.2f}x", flush=True)
+    return result

@@ -17,26 +17,35 @@ from .spec import (
     FEW_ROWS,
     MANY,
     SPAN,
+    Family,
     Tiles,
     TritonSpec,
     default_tiles,
     grad_tiles,
+    padded,
+    score_route_tiles,
     score_tiles,
+    scores_fit,
     selection_rows,
-)  # fmt: skip
+)
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx90a")
+FAMILIES: dict[str, Family] = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper",
+                               "gfx942": "cdna", "gfx90a": "cdna"}  # fmt: skip
+TARGETS = tuple(FAMILIES)
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
                 "gfx90a": 65536}  # fmt: skip
 """Bytes of shared memory that one program may ask for."""
 
 WIDTH = 128
-"""Of routers, as conversions make them; part of the text of ``score`` only."""
+"""Of routers, as conversions make them; a constant of the kernels that compute scores."""
 
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+")
-_WIDE = re.compile(r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async\.cg\."
-                   r"shared\.global|(global|buffer)_load_dwordx4")  # fmt: skip
+_LOAD = re.compile(
+    r"\bld\.global(?P<how>(?:[.:]+\w+)*)"
+    r"|cp\.async\.c[ag]\.shared\.global(?:[.:]+\w+)* \[[^]]*\], \[[^]]*\], (?P<copied>\w+)"
+    r"|\b(?:global|buffer)_load_(?P<amd>\w+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +78,15 @@ class Compiled:
         target: For which device.
         binary: Of a cubin or an hsaco.
         entry: The symbol to launch.
+        parameters: It takes: arguments that are no constants, then pointers to scratch memory,
+            which no kernel here asks for.
         shared: Bytes of shared memory.
         registers: Per thread.
         spills: Bytes (NVIDIA) or registers (AMD) that did not fit.
         programs: Estimate of how many share a multiprocessor.
         matrix: The matrix instruction it uses, or an empty string.
-        wide_loads: It loads 16 bytes at a time.
+        wide_loads: Share of the bytes that its load instructions name, of which 16 or more come at
+            once.
     """
 
     spec: TritonSpec
@@ -82,12 +94,13 @@ class Compiled:
     target: str
     binary: bytes = field(repr=False)
     entry: str
+    parameters: int
     shared: int
     registers: int
     spills: int
     programs: int
     matrix: str
-    wide_loads: bool
+    wide_loads: float
 
     @property
     def occupancy(self) -> float:
@@ -108,14 +121,19 @@ def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
     return TritonSpec(**constants_of(weights, block.expert_size, block.act, dtype))
 
 
-def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
-    """Every kernel that calls of a block can launch, with default tiles."""
+def kernels(spec: TritonSpec, target: str = "sm_90", width: int = WIDTH) -> list[Kernel]:
+    """Every kernel that calls of a block can launch, with default tiles.
+
+    Args:
+        spec: Of the block.
+        target: One of :data:`TARGETS`.
+        width: Of the router.
+    """
     own, f32, i32 = _TYPES[spec.dtype], "*fp32", "*i32"
-    hopper = target in ("sm_90", "sm_100")
-    route = dict(scores=own, tau=f32)
+    scored, routed = dict(scores=own, tau=f32), dict(x=own, down=own, up=own, tau=f32)
     first = dict(w_in=own, b_in=own, w_gate=own, b_gate=own)
     listed = dict(x=own, lists=i32, counts=i32, tiles=i32, total=i32, **first)
-    found = []
+    found: list[Kernel] = []
 
     def add(
         function: str, arguments: dict[str, str], constants: dict[str, int], tiles: Tiles | None,
@@ -125,56 +143,67 @@ def kernels(spec: TritonSpec, target: str = "sm_90") -> list[Kernel]:
         warps, stages = (tiles.warps, tiles.stages) if tiles else (4, 3)
         found.append(Kernel(label or function, function, signature, constants, warps, stages))
 
+    def default(plan: str, rows: int = MANY) -> Tiles:
+        return default_tiles(spec, plan, rows, FAMILIES[target])
+
+    def add_number(rows: int, rests: bool, label: str) -> None:
+        sizes = {"BM": rows, "PER": SPAN // rows, "BE": 128, "RESTS": int(rests)}
+        arguments = dict(counts=i32, tiles=i32, total=i32, entries="i32")
+        if not any(k.function == "number" and k.constants == sizes for k in found):
+            add("number", arguments, sizes, Tiles(0, 0, 0, 0, 8, 3), f"number-{label}")
+
+    selected = dict(limits=f32, active=i32, total=i32)
     for rows in (1, FEW_ROWS):
-        tiles = fitted(default_tiles(spec, "few", rows, hopper=hopper), target)
-        sizes = {"RP": rows} | {k: v for k, v in tiles.constants.items() if k != "BM"}
-        add("few", dict(x=own, **route, **first, w_out=own, b_out=own, sums=f32, y=own,
-                        rows="i32"), sizes, tiles, f"few-{rows}")  # fmt: skip
-    for rows in (1, FEW_ROWS):
-        tiles = score_tiles(spec, rows == 1)
-        sizes = {"W": WIDTH, "RP": rows, "BH": tiles.neurons, "BK": tiles.depth}
-        add("score", dict(x=own, down=own, up=own, sums=f32, scores=own, rows="i32"), sizes, tiles,
-            f"score-{rows}")  # fmt: skip
+        if scores_fit(spec, "few", width):
+            tiles = score_tiles(spec, rows == 1)
+            sizes = {"W": width, "RP": rows, "BH": tiles.neurons, "BK": tiles.depth}
+            add("score", dict(**routed, sums=f32, scores=own, **selected, rows="i32"), sizes, tiles,
+                f"score-{rows}-router-{width}")  # fmt: skip
+        tiles = default("few", rows)
+        sizes = {k: v for k, v in tiles.constants.items() if k != "BM"}
+        for from_list in (0, 1):
+            add("few", dict(x=own, **scored, **selected, **first, w_out=own, b_out=own, sums=f32,
+                            y=own, rows="i32"), {"LISTED": from_list, "RP": rows} | sizes, tiles,
+                f"few-{rows}" + "-listed" * from_list)  # fmt: skip
     block = selection_rows(spec, "masked")
-    add("thresholds", dict(**route, limits=f32, rows="i32"), {"BR": block}, None)
-    tiles = default_tiles(spec, "masked", MANY, hopper=hopper)
+    add("thresholds", dict(**scored, limits=f32, rows="i32"), {"BR": block}, None)
+    tiles = default("masked")
     sizes = {"BM": tiles.rows, "BH": tiles.neurons}
     add("masked", dict(up=own, gate=own, scores=own, limits=f32, rows="i32"), sizes, tiles)
-    tiles = fitted(default_tiles(spec, "blocks", MANY, hopper=hopper), target)
+    tiles = default("blocks")
     add("blocks", dict(x=own, scores=own, limits=f32, **first, h=own, rows="i32"),
         tiles.constants, tiles)  # fmt: skip
-    block = selection_rows(spec, "pairs")
+    block, into = selection_rows(spec, "pairs"), dict(counts=i32, lists=i32, rows="i32")
     for plan, function, more in (
         ("lists", "lists_hidden", dict(h=own, entries="i32")),
         ("pairs", "pairs", dict(w_out=own, sums=f32)),
     ):
-        tiles = fitted(default_tiles(spec, plan, MANY, hopper=hopper), target)
-        rests = int(plan == "lists")
-        sizes = {"BR": block, "SPAN": SPAN, "RESTS": rests}
-        add("route", dict(**route, counts=i32, lists=i32, rows="i32"), sizes, None, f"route-{plan}")
-        sizes = {"BM": tiles.rows, "PER": SPAN // tiles.rows, "BE": 128, "RESTS": rests}
-        listing = dict(counts=i32, tiles=i32, total=i32, entries="i32")
-        add("number", listing, sizes, Tiles(0, 0, 0, 0, 8, 3), f"number-{plan}")
+        rests = plan == "lists"
+        sizes = {"BR": block, "SPAN": SPAN, "RESTS": int(rests)}
+        add("route", scored | into, sizes, None, f"route-{plan}")
+        if scores_fit(spec, plan, width):
+            tiles = score_route_tiles(spec, width)
+            sizes = {"W": width, "WP": padded(width), "BR": tiles.rows, "BK": tiles.depth,
+                     "SPAN": SPAN, "RESTS": int(rests)}  # fmt: skip
+            add("score_route", routed | into, sizes, tiles, f"score_route-{plan}-router-{width}")
+        tiles = default(plan)
+        add_number(tiles.rows, rests, plan)
         add(function, listed | more, {"SPAN": SPAN, **tiles.constants}, tiles)
     add("finish", dict(sums=f32, b_out=own, y=own, n="i32"), {"BN": 1024}, None)
     tiles = grad_tiles(spec)
+    add_number(tiles.rows, False, "grads")
     grown = dict(h=own, g_up=own, g_gate=own)
     add("grads_hidden", listed | dict(grad=own, w_out=own) | grown,
         {"SPAN": SPAN, **tiles.constants}, tiles)  # fmt: skip
     sizes = {"SPAN": SPAN, "BM": tiles.rows, "BH": tiles.neurons, "BK": tiles.depth}
     where = dict(lists=i32, counts=i32)
-    for width, bias in dict.fromkeys([(spec.d, spec.b_in), (spec.d_out, False)]):
+    for across, bias in dict.fromkeys([(spec.d, spec.b_in or spec.b_gate), (spec.d, False), (spec.d_out, False)]):
         add("grads_weight", where | dict(left=own, right=own, out=own, sums=own, spans="i32"),
-            {"W": width, "SUM": int(bias)} | sizes, tiles, f"grads_weight-{width}"
+            {"W": across, "SUM": int(bias)} | sizes, tiles, f"grads_weight-{across}"
             + "-bias" * bias)  # fmt: skip
     add("grads_input", where | dict(tiles=i32, total=i32, g_up=own, g_gate=own, w_in=own,
                                     w_gate=own, sums=f32), sizes, tiles)  # fmt: skip
     return found
-
-
-def fitted(tiles: Tiles, target: str) -> Tiles:
-    """The same tiles with a pipeline that fits the shared memory of a target."""
-    return Tiles(**(asdict(tiles) | {"stages": 2})) if target.startswith("gfx") else tiles
 
 
 def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
@@ -217,20 +246,46 @@ def compile_kernel(spec: TritonSpec, kernel: Kernel, target: str) -> Compiled:
             f"{kernel.name} of {spec.name} does not compile for {target}: "
             f"{text[0] if text else type(error).__name__}"
         ) from error
+    scratch = ("global_scratch_size", "profile_scratch_size")
+    if any(getattr(built.metadata, size, 0) for size in scratch):
+        raise CompileError(f"{kernel.name} of {spec.name} asks for scratch memory on {target}")
     text = built.asm["ptx" if cuda else "amdgcn"]
     registers, spills = _ptxas(text, target) if cuda else _amd(text)
     matrix = _MATRIX.search(text)
     return Compiled(
         spec, kernel, target, built.asm["cubin" if cuda else "hsaco"], built.metadata.name,
+        _parameters(text) if cuda else sum(k != "constexpr" for k in kernel.signature.values()),
         int(built.metadata.shared), registers, spills,
         _resident(registers, int(built.metadata.shared), kernel.warps, target),
-        matrix[0] if matrix else "", bool(_WIDE.search(text)),
+        matrix[0] if matrix else "", _wide_loads(text),
     )  # fmt: skip
 
 
-def compile_all(spec: TritonSpec, target: str) -> list[Compiled]:
-    """Compile every kernel of a block; see :func:`compile_kernel`."""
-    return [compile_kernel(spec, kernel, target) for kernel in kernels(spec, target)]
+def compile_all(spec: TritonSpec, target: str, width: int = WIDTH) -> list[Compiled]:
+    """Compile what :func:`kernels` lists; see :func:`compile_kernel`."""
+    return [compile_kernel(spec, kernel, target) for kernel in kernels(spec, target, width)]
+
+
+def _parameters(text: str) -> int:
+    """How many parameters the entry of a PTX module has."""
+    return text.partition(".entry")[2].partition("{")[0].count(".param ")
+
+
+def _wide_loads(text: str) -> float:
+    """See :class:`Compiled`; of PTX or AMD's assembly."""
+    sizes = [_load_bytes(found) for found in _LOAD.finditer(text)]
+    return round(sum(n for n in sizes if n >= 16) / max(1, sum(sizes)), 3)
+
+
+def _load_bytes(found: re.Match[str]) -> int:
+    if found["copied"]:
+        return int(found["copied"], 0)
+    if found["amd"]:
+        times = re.match(r"dwordx(\d)", found["amd"])
+        narrow = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2}
+        return 4 * int(times[1]) if times else narrow.get(found["amd"].partition("_")[0], 4)
+    vector, bits = re.search(r"\.v(\d)", found["how"]), re.search(r"\.[bfsu](\d+)$", found["how"])
+    return (int(vector[1]) if vector else 1) * (int(bits[1]) // 8 if bits else 0)
 
 
 def _ptxas(text: str, target: str) -> tuple[int, int]:

@@ -5,22 +5,13 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .emit import emit_grads
 from .kernels import prepare
-from .launch import Launch, cdiv, programs, stand_ins
-from .load import load
+from .launch import Launch, cdiv, grads_of, programs, stand_ins
 from .spec import TritonSpec, grad_tiles
-
-
-@cache
-def _module(spec: TritonSpec) -> Any:
-    return load(emit_grads(spec), f"grads_{spec.name}")
 
 
 def differentiate(
@@ -128,12 +119,12 @@ def gradients(
         shapes = [t.shape for t, want in zip(given, wants, strict=True) if want and t is not None]
         return [x.new_zeros(shape) for shape in shapes]
     x2, scores, grad = x.reshape(rows, -1).contiguous(), scores.contiguous(), grad.contiguous()
-    tau = tau.to(x.device)
+    tau = tau.to(x.device, torch.float32)
     first = stand_ins(w_in.contiguous(), b_in, w_gate, b_gate)
     w_out = w_out.contiguous()
-    tiles, module = grad_tiles(spec), _module(spec)
+    tiles, module = grad_tiles(spec), grads_of(spec)
     launch = Launch(spec, tiles, x.device)
-    lists = launch.lists(scores, tau, rows)
+    lists = launch.lists(x2, scores, tau, rows)
     h, g_up = (x.new_empty(rows, spec.d_ff) for _ in range(2))
     g_gate = x.new_empty(rows, spec.d_ff) if spec.gated else g_up
     grid = (min(lists.most, programs(x.device, tiles)),)

@@ -1,10 +1,11 @@
 """Kernels compiled ahead of time in one file: binaries, and a manifest that vouches for them."""
 
-import ctypes
 import hashlib
 import io
 import json
 import zipfile
+import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ...ir.errors import ArtefactError, CompileError
 from .aot import Compiled, compile_all
 from .spec import TritonSpec
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,14 @@ class Bundle:
     binaries: dict[str, bytes]
 
 
-def write(path: Path, specs: list[TritonSpec], target: str) -> list[Compiled]:
+def write(path: Path, blocks: Iterable[tuple[TritonSpec, int]], target: str) -> list[Compiled]:
     """Compile every kernel of some blocks for a target into one file, whole or not at all.
+
+    Args:
+        path: Of the file.
+        blocks: What :func:`skimp.codegen.triton.aot.spec_of` says of each, and the width of its
+            router.
+        target: One of :data:`skimp.codegen.triton.aot.TARGETS`.
 
     Raises:
         CompileError: See :func:`skimp.codegen.triton.aot.compile_kernel`.
@@ -42,18 +49,19 @@ def write(path: Path, specs: list[TritonSpec], target: str) -> list[Compiled]:
     """
     import triton
 
-    compiled, entries, binaries = [], [], {}
-    for spec in specs:
-        for kernel in compile_all(spec, target):
-            digest = hashlib.sha256(kernel.binary).hexdigest()
-            binaries[digest] = kernel.binary
-            compiled.append(kernel)
-            entries.append({"spec": spec.name, "sha256": digest, **asdict(kernel.kernel),
-                            **kernel.line()})  # fmt: skip
-            entries[-1]["name"] = kernel.kernel.name
+    found: dict[tuple[TritonSpec, str], Compiled] = {}  # widths of routers share most kernels
+    for spec, width in blocks:
+        found |= {(spec, c.kernel.name): c for c in compile_all(spec, target, width)}
+    binaries = {hashlib.sha256(c.binary).hexdigest(): c.binary for c in found.values()}
+    entries = [
+        c.line() | asdict(c.kernel)
+        | {"spec": c.spec.name, "sha256": hashlib.sha256(c.binary).hexdigest()}
+        for c in found.values()
+    ]  # fmt: skip
+    specs = {c.spec.name: asdict(c.spec) for c in found.values()}
     manifest = {
         "version": VERSION, "target": target, "triton": triton.__version__,
-        "specs": {s.name: asdict(s) for s in specs}, "kernels": entries,
+        "specs": specs, "kernels": entries,
     }  # fmt: skip
     text = json.dumps(manifest, indent=1)
     vouched = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()})
@@ -67,11 +75,13 @@ def write(path: Path, specs: list[TritonSpec], target: str) -> list[Compiled]:
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
-    return compiled
+    return list(found.values())
 
 
 def read(path: Path) -> Bundle:
     """Read a bundle and check every byte that would run.
+
+    Digests show damage. They are no signature: take bundles from whom you would take code.
 
     Raises:
         ArtefactError: The file is missing, truncated, changed or of another version.
@@ -89,62 +99,14 @@ def read(path: Path) -> Bundle:
                     "build it again with skimp aot"
                 )
             binaries = {k["sha256"]: held.read(k["sha256"]) for k in manifest["kernels"]}
+            if sorted(held.namelist()) != sorted(["manifest.json", "digest.json", *binaries]):
+                raise ArtefactError(f"{path} holds files that it should not; build it again")
     except ArtefactError:
         raise
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
+            KeyError, TypeError, ValueError) as error:  # fmt: skip
         raise ArtefactError(f"{path} is no whole bundle ({error}); build it again") from error
     for digest, data in binaries.items():
         if hashlib.sha256(data).hexdigest() != digest:
             raise ArtefactError(f"a kernel in {path} was changed; build the bundle again")
     return Bundle(str(manifest["target"]), manifest, binaries)
-
-
-def functions(bundle: Bundle, driver: Any = None, device: int = 0) -> dict[tuple[str, str], int]:
-    """Load a bundle's kernels into the current CUDA context through the driver's interface.
-
-    Args:
-        bundle: For an ``sm_`` target.
-        driver: ``libcuda``; found if not given.
-        device: Number of the device whose context is current.
-
-    Returns:
-        Handles to launch, by name of spec and kernel. Arguments are those of the signature that
-        are no constants, then two null pointers (Triton's scratch buffers).
-
-    Raises:
-        CompileError: No driver, no device, another architecture, or a call that failed.
-    """
-    if not bundle.target.startswith("sm_"):
-        raise CompileError(f"the CUDA driver cannot load kernels for {bundle.target}")
-    if driver is None:
-        try:
-            driver = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise CompileError(f"no CUDA driver on this machine ({error})") from error
-
-    def call(name: str, *args: Any) -> None:
-        code = getattr(driver, name)(*args)
-        if code:
-            raise CompileError(f"{name} failed with CUDA error {code}")
-
-    call("cuInit", 0)
-    handle, part = ctypes.c_int(), ctypes.c_int()
-    call("cuDeviceGet", ctypes.byref(handle), device)
-    arch = "sm_"
-    for attribute in (75, 76):  # the major and the minor number of the compute capability
-        call("cuDeviceGetAttribute", ctypes.byref(part), attribute, handle)
-        arch += str(part.value)
-    if arch != bundle.target:
-        raise CompileError(
-            f"the bundle is for {bundle.target}, device {device} is {arch}; build one with "
-            f"skimp aot --target {arch}"
-        )
-    found = {}
-    for kernel in bundle.manifest["kernels"]:
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        call("cuModuleLoadData", ctypes.byref(module), bundle.binaries[kernel["sha256"]])
-        call("cuModuleGetFunction", ctypes.byref(function), module, kernel["entry"].encode())
-        if kernel["shared"] > 48 << 10:  # more than that is given only when asked for
-            call("cuFuncSetAttribute", function, 8, kernel["shared"])
-        found[kernel["spec"], kernel["name"]] = int(function.value or 0)
-    return found

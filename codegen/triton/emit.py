@@ -4,7 +4,8 @@ import re
 import textwrap
 
 from .grads import GRADS, SLOPES
-from .many import BLOCKS, LISTS, PAIRS, ROUTE
+from .many import BLOCKS, LISTS, PAIRS
+from .routing import ROUTE, SCORE
 from .spec import TritonSpec, padded
 
 _ACTS = {
@@ -44,22 +45,32 @@ def limit_of(s, real, tau):
 
 _FEW = '''
 @triton.jit(do_not_specialize=["rows"])
-def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, y, rows,
-        RP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr):
+def few(x, scores, tau, limits, active, total, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, y,
+        rows, LISTED: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+        BO: tl.constexpr):
     """A program takes BH neurons and reads the weights of those that some row needs.
 
+    LISTED, it takes them from the experts that `score` found: what no row needs is in no program.
     sums [rows, $O] and one float more, which counts programs that are done, are zero on entry. Of
     one row the last program to finish writes y; more are too much for one and left to `finish`.
     """
     row = tl.arange(0, RP)
-    expert = tl.arange(0, $EP)
-    real = (row < rows)[:, None] & (expert < $E)[None, :]
-    s = tl.load(scores + row[:, None] * $E + expert[None, :], mask=real, other=0.0)
-    limit = limit_of(s, (expert < $E)[None, :], tl.load(tau).to(tl.float32))
-
-    neuron = tl.program_id(0) * BH + tl.arange(0, BH)
-    valid = (row < rows)[:, None] & (neuron < $FF)[None, :]
-    mine = tl.load(scores + row[:, None] * $E + (neuron // $S)[None, :], mask=valid, other=0.0)
+    slot = tl.program_id(0) * BH + tl.arange(0, BH)
+    if LISTED:
+        inside = slot // $S < tl.load(total)
+        expert = tl.load(active + slot // $S, mask=inside, other=0)
+        neuron = expert * $S + slot % $S
+        limit = tl.load(limits + row, mask=row < rows, other=0.0)
+    else:
+        inside = slot < $FF
+        expert = slot // $S
+        neuron = slot
+        every = tl.arange(0, $EP)
+        real = (row < rows)[:, None] & (every < $E)[None, :]
+        s = tl.load(scores + row[:, None] * $E + every[None, :], mask=real, other=0.0)
+        limit = limit_of(s, (every < $E)[None, :], tl.load(tau).to(tl.float32))
+    valid = (row < rows)[:, None] & inside[None, :]
+    mine = tl.load(scores + row[:, None] * $E + expert[None, :], mask=valid, other=0.0)
     runs = valid & ((mine.to(tl.float32) < limit[:, None]) == 0)
     need = tl.max(runs.to(tl.int32), 0) > 0
     if tl.max(need.to(tl.int32), 0) > 0:
@@ -107,52 +118,9 @@ def few(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, sums, y, rows,
                 tl.store(y + column, v.to(y.dtype.element_ty), mask=column < $O)
 '''
 
-_SCORE = '''
-@triton.jit(do_not_specialize=["rows"])
-def score(x, down, up, sums, scores, rows, W: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr,
-          BK: tl.constexpr):
-    """scores [rows, $E] of a router: abs(relu(x down^T) up^T), with W hidden neurons.
-
-    A program takes BH of them. sums [rows, $E] and one float more, which counts programs that are
-    done, are zero on entry; the last program writes the scores. Both products are rounded to the
-    dtype of x, as they are where PyTorch computes them.
-    """
-    row = tl.arange(0, RP)
-    neuron = tl.program_id(0) * BH + tl.arange(0, BH)
-    h = tl.zeros([RP, BH], tl.float32)
-    for k in range(0, $D, BK):
-        inner = k + tl.arange(0, BK)
-        here = (inner < $D)[None, :]
-        a = tl.load(x + row[:, None] * $D + inner[None, :], mask=here & (row < rows)[:, None],
-                    other=0.0)
-        b = tl.load(down + neuron[:, None] * $D + inner[None, :],
-                    mask=here & (neuron < W)[:, None], other=0.0)
-        if RP == 1:
-            h += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
-        else:
-            h = tl.dot(a, tl.trans(b), h$precision)
-    h = tl.where(h < 0, 0.0, h).to(x.dtype.element_ty)
-    expert = tl.arange(0, $EP16)
-    real = (row < rows)[:, None] & (expert < $E)[None, :]
-    u = tl.load(up + expert[:, None] * W + neuron[None, :],
-                mask=(expert < $E)[:, None] & (neuron < W)[None, :], other=0.0)
-    if RP == 1:
-        part = tl.sum(h.to(tl.float32) * u.to(tl.float32), 1)[None, :]
-    else:
-        part = tl.dot(h, tl.trans(u)$precision)
-    at = row[:, None] * $E + expert[None, :]
-    tl.atomic_add(sums + at, part, mask=real, sem="relaxed")
-    tl.debug_barrier()  # all of this program's sums are on their way before it says so
-    if tl.atomic_add(sums + rows * $E, 1.0, sem="acq_rel") == tl.num_programs(0) - 1:
-        total = tl.load(sums + at, mask=real, other=0.0)
-        total = tl.where(total < 0, -total, total)
-        tl.store(scores + at, total.to(scores.dtype.element_ty), mask=real)
-'''
-
-
 def emit(spec: TritonSpec) -> str:
     """The complete module of one block: a selection, and every way of running what it selects."""
-    return _text(spec, [_HEAD, _FEW, _SCORE, BLOCKS, ROUTE, LISTS, PAIRS])
+    return _text(spec, [_HEAD, SCORE, _FEW, BLOCKS, ROUTE, LISTS, PAIRS])
 
 
 def emit_grads(spec: TritonSpec) -> str:

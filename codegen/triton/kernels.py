@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ir.errors import CompileError
 from ...ir.op import reference, use_cuda_kernel
 from ..spec import Weights, constants_of, shapes_fit
-from .launch import extent, module_of, run
+from .launch import extent, is_served, module_of, run
 from .load import interpreting
 from .spec import PRECISIONS, Tiles, TritonSpec, choose, shape_class
 from .tuned import recall
@@ -94,7 +94,7 @@ def plan_of(spec: TritonSpec, x: Tensor) -> tuple[str, Tiles | None]:
     rows = math.prod(x.shape[:-1])
     deterministic = torch.are_deterministic_algorithms_enabled()
     plan = choose(spec, rows, deterministic=deterministic)
-    if deterministic:
+    if deterministic or is_served(spec):
         return plan, None
     known = isinstance(rows, int)
     plan_tuned = recall(spec, shape_class(extent(rows)), x.device)
@@ -154,7 +154,8 @@ def _prepare(
     constants = constants_of(weights, expert_size, act, _DTYPES[x.dtype])
     spec = TritonSpec(**constants, precision=precision if x.dtype == torch.float32 else "ieee")
     try:
-        module_of(spec)
+        if not is_served(spec):
+            module_of(spec)
     except CompileError as error:
         return str(error)
     return spec

@@ -2,32 +2,56 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ir.op import reference
-from .emit import emit
+from .emit import emit, emit_grads
 from .load import load
 from .spec import (
     FEW_ROWS,
     MANY,
     SPAN,
+    Family,
     Tiles,
     TritonSpec,
     default_tiles,
     padded,
+    score_route_tiles,
     score_tiles,
     selection_rows,
 )
+
+Router = tuple[Tensor, Tensor]
+"""Weights ``[width, d]`` and ``[E, width]`` of ``abs(relu(x down^T) up^T)``, in the dtype of x."""
+
+_served: dict[TritonSpec, Any] = {}
+
+
+def serve(modules: Mapping[TritonSpec, Any]) -> None:
+    """Launch these kernels, compiled ahead of time, instead of generated ones; not in graphs.
+
+    Args:
+        modules: By spec what has the kernels of :func:`modules_of` as attributes, compiled with
+            default tiles for many rows.
+    """
+    _served.clear()
+    _served.update(modules)
+
+
+def is_served(spec: TritonSpec) -> bool:
+    """Whether :func:`serve` was given the kernels of a block."""
+    return spec in _served
 
 
 def run(
     spec: TritonSpec,
     plan: str,
     x: Tensor,
-    scores: Tensor,
+    scores: Tensor | Router,
     tau: Tensor,
     w_in: Tensor,
     b_in: Tensor | None,
@@ -44,7 +68,8 @@ def run(
         spec: Of the block.
         plan: Which kernels.
         x: As :func:`skimp.ir.reference` takes it, like the others up to ``b_out``.
-        scores: The router's.
+        scores: The router's, or its weights: the kernels that decide which experts run (``few``,
+            ``lists`` and ``pairs`` have them) then also compute the scores.
         tau: Threshold.
         w_in: Weights, like the five that follow.
         b_in: Or ``None``.
@@ -63,57 +88,49 @@ def run(
     rows = math.prod(x.shape[:-1])
     if rows == 0:
         return x.new_empty(shape)
+    x, tau = x.contiguous(), tau.to(x.device, torch.float32)
+    if isinstance(scores, Tensor):
+        scores = scores.contiguous()
+    elif plan in ("masked", "blocks"):
+        scores = (torch.relu(x @ scores[0].T) @ scores[1].T).abs()
     if traced and plan == "masked":
         # dense products and what lies between them: Inductor makes one kernel of the latter
         more = (w_in, b_in, w_gate, b_gate, w_out, b_out, spec.expert_size, spec.act)
-        return reference(x, scores, tau, *more).contiguous()
-    x, scores = x.contiguous(), scores.contiguous()
+        return reference(x, _given(scores), tau, *more).contiguous()
     w_in, w_out = w_in.contiguous(), w_out.contiguous()
     first = stand_ins(w_in, b_in, w_gate, b_gate)
-    if tau.device != x.device:
-        tau = tau.to(x.device)
-    tiles = tiles or default_tiles(spec, plan, extent(rows), hopper=hopper(x.device))
-    launch = Launch(spec, tiles, x.device, traced=traced)
+    launch = Launch(spec, tiles or tiles_of(spec, plan, rows, x.device), x.device, traced=traced)
     if plan == "few":
         y = launch.few(x, scores, tau, first, w_out, b_out, rows)
     elif plan == "masked":
         flat = x.view(rows, -1)
         up = _product(flat, w_in, b_in)
         gate = w_in if w_gate is None else _product(flat, w_gate, b_gate)
-        launch.masked(up, gate, scores, tau, rows)
+        launch.masked(up, gate, _given(scores), tau, rows)
         y = _second(up, w_out, b_out)
     elif plan == "blocks":
-        y = _second(launch.blocks(x, scores, tau, first, rows), w_out, b_out)
+        y = _second(launch.blocks(x, _given(scores), tau, first, rows), w_out, b_out)
     elif plan == "lists":
         h = x.new_empty(rows, spec.d_ff)
-        launch.walk("lists_hidden", x, launch.lists(scores, tau, rows, rests=True), [*first, h])
+        lists = launch.lists(x, scores, tau, rows, rests=True)
+        launch.walk("lists_hidden", x, lists, [*first, h])
         y = _second(h, w_out, b_out)
     else:
         sums = torch.zeros(rows * spec.d_out, dtype=torch.float32, device=x.device)
-        launch.walk("pairs", x, launch.lists(scores, tau, rows), [*first, w_out, sums])
+        launch.walk("pairs", x, launch.lists(x, scores, tau, rows), [*first, w_out, sums])
         y = launch.finish(sums, b_out, x.dtype)
     return y.view(shape)
 
 
-def score(spec: TritonSpec, x: Tensor, down: Tensor, up: Tensor, *, traced: bool = False) -> Tensor:
-    """A router's scores of at most :data:`FEW_ROWS` rows, in one launch: ``[.., E]``.
-
-    Args:
-        spec: Of the block that it routes for.
-        x: Rows, ``[.., d]``.
-        down: First weight of the router, ``[width, d]``, in the dtype of ``x``.
-        up: Second weight, ``[E, width]``.
-        traced: See :func:`run`.
-    """
-    rows, width = math.prod(x.shape[:-1]), int(down.shape[0])
-    tiles = score_tiles(spec, rows == 1)
-    launch = Launch(spec, tiles, x.device, traced=traced)
-    scores = x.new_empty((*x.shape[:-1], spec.experts))
-    launch.kernel("score")[(cdiv(width, tiles.neurons),)](
-        x.contiguous(), down, up, launch.zeros(rows * spec.experts + 1), scores, rows,
-        W=width, RP=tiles.rows, BH=tiles.neurons, BK=tiles.depth, **launch.options,
-    )  # fmt: skip
+def _given(scores: Tensor | Router) -> Tensor:
+    assert isinstance(scores, Tensor)
     return scores
+
+
+def tiles_of(spec: TritonSpec, plan: str, rows: int, device: torch.device) -> Tiles:
+    """The tiles of a call that was not tuned; of kernels compiled ahead, those they have."""
+    most = MANY if is_served(spec) and plan != "few" else extent(rows)
+    return default_tiles(spec, plan, most, family(device))
 
 
 def stand_ins(w_in: Tensor, *others: Tensor | None) -> list[Tensor]:
@@ -158,7 +175,8 @@ class Launch:
         self, spec: TritonSpec, tiles: Tiles, device: torch.device, *, traced: bool = False
     ) -> None:
         self.spec, self.tiles, self.device, self.traced = spec, tiles, device, traced
-        self.module = module_of(spec)
+        ahead = None if traced else _served.get(spec)  # a tracer takes no compiled kernels
+        self.module = module_of(spec) if ahead is None else ahead
         self.constants = tiles.constants
         self.options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
 
@@ -172,7 +190,7 @@ class Launch:
         return torch.zeros(n, dtype=dtype, device=self.device)
 
     def few(
-        self, x: Tensor, scores: Tensor, tau: Tensor, first: list[Tensor], w_out: Tensor,
+        self, x: Tensor, scores: Tensor | Router, tau: Tensor, first: list[Tensor], w_out: Tensor,
         b_out: Tensor | None, rows: int,
     ) -> Tensor:  # fmt: skip
         """The whole block for few rows: ``[rows * d_out]``."""
@@ -181,12 +199,40 @@ class Launch:
         one = rows == 1
         y = x.new_empty(self.spec.d_out if one else 1)
         bias = w_out if b_out is None else b_out.contiguous()
+        listed = not isinstance(scores, Tensor)
+        if isinstance(scores, Tensor):
+            selected = (scores, sums, sums, sums)  # the last three are not read
+        else:
+            selected = self.score(x, scores, tau, rows)
         constants = {k: v for k, v in self.constants.items() if k != "BM"}
         self.kernel("few")[(cdiv(self.spec.d_ff, self.tiles.neurons),)](
-            x, scores, tau, *first, w_out, bias, sums, y, rows,
-            RP=1 if one else FEW_ROWS, **constants, **self.options,
+            x, selected[0], tau, *selected[1:], *first, w_out, bias, sums, y, rows,
+            LISTED=listed, RP=1 if one else FEW_ROWS, **constants, **self.options,
         )  # fmt: skip
         return y if one else self.finish(sums.narrow(0, 0, n), b_out, x.dtype)
+
+    def score(
+        self, x: Tensor, router: Router, tau: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a router makes of at most :data:`FEW_ROWS` rows, in one launch.
+
+        Returns:
+            Scores ``[rows, E]``; below which of them an expert rests, ``[rows]``; the experts that
+            some row needs, ``[E]``, and how many they are, ``[1]``.
+        """
+        down, up = (t.contiguous() for t in router)
+        width, experts = int(down.shape[0]), self.spec.experts
+        tiles = score_tiles(self.spec, rows == 1)
+        scores = x.new_empty(rows, experts)
+        limits = torch.empty(rows, dtype=torch.float32, device=self.device)
+        active = torch.empty(experts, dtype=torch.int32, device=self.device)
+        total = torch.empty(1, dtype=torch.int32, device=self.device)
+        self.kernel("score")[(cdiv(width, tiles.neurons),)](
+            x, down, up, tau, self.zeros(rows * experts + 1), scores, limits, active, total, rows,
+            W=width, RP=tiles.rows, BH=tiles.neurons, BK=tiles.depth,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        return scores, limits, active, total
 
     def finish(self, sums: Tensor, b_out: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Sums ``[rows * d_out]`` and the bias, as ``dtype``."""
@@ -225,10 +271,13 @@ class Launch:
         )
         return h
 
-    def lists(self, scores: Tensor, tau: Tensor, rows: int, *, rests: bool = False) -> Lists:
+    def lists(
+        self, x: Tensor, scores: Tensor | Router, tau: Tensor, rows: int, *, rests: bool = False
+    ) -> Lists:
         """List the rows of each expert (``rests``: and those that it skips), and their tiles."""
         experts, tile = self.spec.experts, self.tiles.rows
-        span = min(SPAN, padded(rows, max(tile, 64))) if isinstance(rows, int) else SPAN
+        fixed = is_served(self.spec) or not isinstance(rows, int)
+        span = SPAN if fixed else min(SPAN, padded(rows, max(tile, 64)))
         entries = cdiv(rows, span) * experts
         counts = self.zeros(entries * (2 if rests else 1), torch.int32)
         listed = torch.empty(entries * span, dtype=torch.int32, device=self.device)
@@ -236,10 +285,19 @@ class Launch:
         most = entries * (span // tile)
         tiles = torch.empty(most, dtype=torch.int32, device=self.device)
         total = torch.empty(1, dtype=torch.int32, device=self.device)
-        block = selection_rows(self.spec, "pairs")
-        self.kernel("route")[(cdiv(rows, block),)](
-            scores, tau, counts, listed, rows, BR=block, SPAN=span, RESTS=rests
-        )
+        if isinstance(scores, Tensor):
+            block = selection_rows(self.spec, "pairs")
+            self.kernel("route")[(cdiv(rows, block),)](
+                scores, tau, counts, listed, rows, BR=block, SPAN=span, RESTS=rests
+            )
+        else:
+            down, up = (t.contiguous() for t in scores)
+            width = int(down.shape[0])
+            own = score_route_tiles(self.spec, width)
+            self.kernel("score_route")[(cdiv(rows, own.rows),)](
+                x, down, up, tau, counts, listed, rows, W=width, WP=padded(width), BR=own.rows,
+                BK=own.depth, SPAN=span, RESTS=rests, num_warps=own.warps, num_stages=own.stages,
+            )  # fmt: skip
         self.kernel("number")[(1,)](
             counts, tiles, total, entries, BM=tile, PER=span // tile, BE=128, RESTS=rests,
             num_warps=8,
@@ -272,11 +330,13 @@ def _processors(device: torch.device) -> int:
 
 
 @functools.cache
-def hopper(device: torch.device) -> bool:
-    """Whether a device multiplies matrices with whole warp groups."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def family(device: torch.device) -> Family:
+    """What the tiles of a device depend on; of one that is not here, as of the commonest."""
+    if torch.version.hip is not None:
+        return "cdna"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "ampere"
+    return "hopper" if torch.cuda.get_device_capability(device) >= (9, 0) else "ampere"
 
 
 def programs(device: torch.device, tiles: Tiles) -> int:
@@ -288,3 +348,13 @@ def programs(device: torch.device, tiles: Tiles) -> int:
 def module_of(spec: TritonSpec) -> Any:
     """The generated module of a block."""
     return load(emit(spec), spec.name)
+
+
+def grads_of(spec: TritonSpec) -> Any:
+    """The module that differentiates a block, generated or served."""
+    return _served[spec] if spec in _served else _grads_of(spec)
+
+
+@functools.cache
+def _grads_of(spec: TritonSpec) -> Any:
+    return load(emit_grads(spec), f"grads_{spec.name}")

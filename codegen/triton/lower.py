@@ -28,8 +28,8 @@ from torch.fx import Graph, Node
 from ..match import router
 from . import tuned
 from .kernels import followed_precision, plan_of, prepare
-from .launch import run, score
-from .spec import FEW_ROWS, TritonSpec
+from .launch import run
+from .spec import TritonSpec, scores_fit
 
 
 @torch.library.triton_op("skimp::dynk_ffn_triton", mutates_args=())
@@ -69,14 +69,16 @@ def routed_ffn_triton(
     expert_size: int,
     act: str,
 ) -> Tensor:
-    """The op on the scores of a router, ``abs(relu(x down^T) up^T)``; for few rows."""
+    """The op on the scores of a router, ``abs(relu(x down^T) up^T)``, which a kernel computes.
+
+    Arguments as in :func:`skimp.ir.reference`; ``down`` is ``[width, d]``, ``up`` ``[E, width]``.
+    """
     weights = (w_in, b_in, w_gate, b_gate, w_out, b_out)
     shape = (*x.shape[:-1], up.shape[0])
     spec = prepare(x, x.new_empty(shape), weights, expert_size, act)
     assert isinstance(spec, TritonSpec), spec
-    scores = score(spec, x, down, up, traced=True)
     plan, tiles = plan_of(spec, x)
-    return run(spec, plan, x, scores, tau, *weights, tiles=tiles, traced=True)
+    return run(spec, plan, x, (down, up), tau, *weights, tiles=tiles, traced=True)
 
 
 class Lowering(CustomGraphPass):
@@ -107,7 +109,7 @@ class Lowering(CustomGraphPass):
     def _replace(self, match: Match, *args: Any) -> None:
         self.lowered += 1
         x, scores, *others = args
-        weights = _few_routed(x, scores)
+        weights = _routed(*args)
         op = torch.ops.skimp
         match.replace_by_example(
             dispatch_functionalize(
@@ -118,17 +120,19 @@ class Lowering(CustomGraphPass):
         )
 
 
-def _few_routed(x: Node, scores: Node) -> tuple[Node, Node] | None:
-    """The weights of the router, if one launch can score the rows of a call."""
-    rows = math.prod(x.meta["val"].shape[:-1])
+def _routed(x: Node, scores: Node, tau: Node, *others: Any) -> tuple[Node, Node] | None:
+    """The weights of the router, if the kernels that a call will launch can take it over."""
     found = router(scores, x)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if found is None or deterministic or rows == 0 or rows > FEW_ROWS:
+    if found is None:
         return None
-    if scores.meta["val"].shape[-1] > 1024:  # `score` holds all of a row's; more would spill
+    rows, *given = (a.meta["val"] if isinstance(a, Node) else a for a in (x, scores, *others))
+    same = all(w.meta["val"].dtype is rows.dtype for w in (*found, scores))
+    if not same or math.prod(rows.shape[:-1]) == 0:
         return None
-    same = all(w.meta["val"].dtype is x.meta["val"].dtype for w in found)
-    return found if same and scores.meta["val"].dtype is x.meta["val"].dtype else None
+    spec = prepare(rows, given[0], tuple(given[1:7]), *given[7:])
+    assert isinstance(spec, TritonSpec), spec  # _fits asked
+    width = found[0].meta["val"].shape[0]
+    return found if scores_fit(spec, plan_of(spec, rows)[0], width) else None
 
 
 def _fits(match: Match) -> bool:

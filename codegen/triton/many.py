@@ -109,59 +109,6 @@ def blocks(x, scores, limits, w_in, b_in, w_gate, b_gate, h, rows,
 '''
 )
 
-ROUTE = '''
-@triton.jit(do_not_specialize=["rows"])
-def route(scores, tau, counts, lists, rows, BR: tl.constexpr, SPAN: tl.constexpr,
-          RESTS: tl.constexpr):
-    """Append the rows of each expert to its list, one list per expert and span of SPAN rows.
-
-    counts [spans, $E] is zero on entry; lists [spans, $E, SPAN]. Spans keep what one expert adds
-    to in reach of the cache when the next one does. With RESTS the other rows fill the list from
-    its end; their counts [spans, $E] follow the first.
-    """
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    expert = tl.arange(0, $EP)
-    real = (row < rows)[:, None] & (expert < $E)[None, :]
-    s = tl.load(scores + row.to(tl.int64)[:, None] * $E + expert[None, :], mask=real, other=0.0)
-    limit = limit_of(s, (expert < $E)[None, :], tl.load(tau).to(tl.float32))
-    runs = real & ((s.to(tl.float32) < limit[:, None]) == 0)
-    place = tl.cumsum(runs.to(tl.int32), 0) - 1
-    count = tl.sum(runs.to(tl.int32), 0)
-    entry = tl.program_id(0) * BR // SPAN * $E + expert
-    base = tl.atomic_add(counts + entry, count, mask=expert < $E, sem="relaxed")
-    at = entry.to(tl.int64)[None, :] * SPAN + base[None, :] + place
-    tl.store(lists + at, tl.broadcast_to(row[:, None], [BR, $EP]), mask=runs)
-    if RESTS:
-        rests = real & (runs == 0)
-        place = tl.cumsum(rests.to(tl.int32), 0)
-        count = tl.sum(rests.to(tl.int32), 0)
-        second = counts + tl.cdiv(rows, SPAN) * $E
-        base = tl.atomic_add(second + entry, count, mask=expert < $E, sem="relaxed")
-        at = entry.to(tl.int64)[None, :] * SPAN + SPAN - base[None, :] - place
-        tl.store(lists + at, tl.broadcast_to(row[:, None], [BR, $EP]), mask=rests)
-
-
-@triton.jit(do_not_specialize=["entries"])
-def number(counts, tiles, total, entries, BM: tl.constexpr, PER: tl.constexpr, BE: tl.constexpr,
-           RESTS: tl.constexpr):
-    """Number the tiles of all lists, entry * PER + part, in one program; total [1] counts them.
-
-    With RESTS a list without rows has a tile too.
-    """
-    done = 0
-    for start in range(0, entries, BE):
-        entry = start + tl.arange(0, BE)
-        count = tl.cdiv(tl.load(counts + entry, mask=entry < entries, other=0), BM)
-        if RESTS:
-            count = tl.where(entry < entries, tl.maximum(count, 1), 0)
-        first = done + tl.cumsum(count, 0) - count
-        part = tl.arange(0, PER)[None, :]
-        tl.store(tiles + first[:, None] + part, entry[:, None] * PER + part,
-                 mask=part < count[:, None])
-        done += tl.sum(count, 0)
-    tl.store(total, done)
-'''
-
 _WALK_HEAD = """
     for tile in range(tl.program_id(0), tl.load(total), tl.num_programs(0)):
         code = tl.load(tiles + tile)

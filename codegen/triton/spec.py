@@ -1,6 +1,7 @@
 """What a GPU kernel is generated for, which kernels a call takes, and the sizes of their tiles."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..spec import BlockSpec
 
@@ -8,6 +9,8 @@ FEW_ROWS = 16
 SPAN = 4096
 MANY = 1 << 16
 """Rows for which tiles are chosen where the number is not known."""
+Family = Literal["ampere", "hopper", "cdna"]
+"""What tiles depend on: with whole warp groups (sm_90 and later) or without, and AMD's."""
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -104,9 +107,14 @@ def shape_class(rows: int) -> str:
     return str(min(padded(rows, 64), 65536))
 
 
-def default_tiles(spec: TritonSpec, plan: str, rows: int, *, hopper: bool = True) -> Tiles:
-    """Tiles that do well untuned, on an H100 or (not ``hopper``) without its matrix unit."""
-    wide = spec.dtype == "float32"
+def default_tiles(spec: TritonSpec, plan: str, rows: int, family: Family = "hopper") -> Tiles:
+    """Tiles that do well untuned. Only those of bfloat16 on an H100 were measured."""
+    tiles = _untuned(spec, plan, rows, family)
+    return replace(tiles, stages=min(tiles.stages, 2)) if family == "cdna" else tiles
+
+
+def _untuned(spec: TritonSpec, plan: str, rows: int, family: Family) -> Tiles:
+    wide, hopper = spec.dtype == "float32", family == "hopper"
     if plan == "few":
         if rows == 1:
             return Tiles(1, 8 if spec.d < 1024 else 4, min(padded(spec.d), 1024), 1024, 4, 1)
@@ -142,6 +150,19 @@ def score_tiles(spec: TritonSpec, one: bool) -> Tiles:
     return Tiles(1 if one else FEW_ROWS, 16, depth, 16, 4, 2)
 
 
+def score_route_tiles(spec: TritonSpec, width: int) -> Tiles:
+    """Of ``score_route``: rows that fit a span, and warps that hold their scores. Not measured."""
+    many = max(padded(width), padded(spec.experts)) > 64
+    return Tiles(64, 16, min(padded(spec.d), 64), 16, 8 if many else 4, 2)
+
+
+def scores_fit(spec: TritonSpec, plan: str, width: int) -> bool:
+    """Whether the kernels of a plan can take a router over; what is larger would spill."""
+    if plan == "few":
+        return spec.experts <= 1024
+    return plan in ("lists", "pairs") and max(width, spec.experts) <= 256
+
+
 def grad_tiles(spec: TritonSpec) -> Tiles:
     """Of every kernel that differentiates: in 16 bits small enough not to spill, gated or not."""
     wide = spec.dtype == "float32"
@@ -172,9 +193,11 @@ _NARROW = (
 )
 
 
-def candidates(spec: TritonSpec, plan: str, rows: int) -> list[Tiles]:
+def candidates(
+    spec: TritonSpec, plan: str, rows: int, family: Family = "hopper"
+) -> list[Tiles]:
     """Tiles worth timing, the default first."""
-    first = default_tiles(spec, plan, rows)
+    first = default_tiles(spec, plan, rows, family)
     if plan == "few":
         options = [
             replace(first, neurons=n, depth=k, warps=w)

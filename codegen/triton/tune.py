@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .launch import run
-from .spec import FEW_ROWS, Tiles, TritonSpec, candidates, shape_class
+from .launch import family, run
+from .spec import FEW_ROWS, Family, Tiles, TritonSpec, candidates, shape_class
 
 
 def plans(spec: TritonSpec, rows: int) -> list[str]:
@@ -15,10 +15,12 @@ def plans(spec: TritonSpec, rows: int) -> list[str]:
     return ["few", "masked"] if rows <= FEW_ROWS else ["masked", "lists", "pairs", "blocks"]
 
 
-def options(spec: TritonSpec, rows: int) -> Iterator[tuple[str, Tiles]]:
+def options(
+    spec: TritonSpec, rows: int, family: Family = "hopper"
+) -> Iterator[tuple[str, Tiles]]:
     """Every plan with each of its candidate tiles."""
     for plan in plans(spec, rows):
-        for tiles in candidates(spec, plan, rows):
+        for tiles in candidates(spec, plan, rows, family):
             yield plan, tiles
 
 
@@ -49,7 +51,7 @@ def tune(
     assert x is not None
     rows = x.numel() // spec.d
     timed = []
-    for plan, tiles in options(spec, rows):
+    for plan, tiles in options(spec, rows, family(x.device)):
         try:
             took = do_bench(
                 lambda plan=plan, tiles=tiles: run(spec, plan, *args, tiles=tiles),  # type: ignore[misc, arg-type]
