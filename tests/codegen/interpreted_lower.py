@@ -18,6 +18,7 @@ from torch._higher_order_ops.triton_kernel_wrap import KernelSideTable
 from triton.backends.compiler import GPUTarget
 
 op = torch.ops.skimp.dynk_ffn_triton
+routed_op = torch.ops.skimp.routed_ffn_triton
 E, SIZE, D = 4, 8, 24
 
 
@@ -68,27 +69,58 @@ def make(rows, seed=0):
             r(E * SIZE, D), r(D), SIZE, "relu")  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_opcheck(rows):
-    torch.library.opcheck(op.default, make(rows))
+def forced(plan):
+    return patch.object(kernels, "choose", lambda spec, rows, deterministic: plan)
+
+
+def make_routed(rows, seed=0):
+    x, _, *others = make(rows, seed)
+    g = torch.Generator().manual_seed(1)
+    return x, torch.randn(6, D, generator=g), torch.randn(E, 6, generator=g), *others
+
+
+def scores_of(x, down, up):
+    return torch.relu(x @ down.T).matmul(up.T).abs()
+
+
+def strided(t):
+    """The same numbers, not contiguous."""
+    return torch.stack([t, t + 1], -1)[..., 0]
+
+
+PLANS = [(1, "few"), (5, "few"), (40, "masked"), (40, "lists"), (40, "pairs")]
+
+
+@pytest.mark.parametrize(("rows", "plan"), PLANS)
+@pytest.mark.parametrize("layout", [lambda t: t, strided])
+def test_opcheck(rows, plan, layout):
+    with forced(plan):
+        for checked, args in ((op, make(rows)), (routed_op, make_routed(rows))):
+            args = [layout(t) if isinstance(t, torch.Tensor) and t.dim() else t for t in args]
+            torch.library.opcheck(checked.default, args)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("plan", ["lists", "pairs", "few"])
-def test_a_traced_graph_computes_the_reference(plan):
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_traced_graph_computes_the_reference(plan, routed):
     """One graph over rows of a class and tau; around it, what Inductor would fuse."""
     torch._dynamo.reset()
     counters.clear()
-    weights = make(1)[3:]
-    fast = torch.compile(
-        lambda x, s, tau: torch.relu(op(x + 1, s, tau, *weights)) * 2,
-        backend="aot_eager", fullgraph=True, dynamic=True,
-    )  # fmt: skip
-    with patch.object(kernels, "choose", lambda spec, rows, deterministic: plan):
+    weights, router = make(1)[3:], make_routed(1)[1:3]
+
+    def block(x, s, tau):
+        if routed:
+            return torch.relu(routed_op(x + 1, *router, tau, *weights)) * 2
+        return torch.relu(op(x + 1, s, tau, *weights)) * 2
+
+    fast = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    with forced(plan):
         for rows in (3, 9, 16) if plan == "few" else (33, 20, 70):
             for tau in (0.1, 0.6, 1.0):
                 x, scores = make(rows, seed=rows)[:2]
                 got = fast(x, scores, torch.tensor(tau))
+                scores = scores_of(x + 1, *router) if routed else scores
                 want = torch.relu(reference(x + 1, scores, torch.tensor(tau), *weights)) * 2
                 assert torch.allclose(got, want, atol=1e-4), (rows, tau)
     assert counters["stats"]["unique_graphs"] == 1

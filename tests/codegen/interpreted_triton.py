@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from skimp.codegen.triton import kernels as K
 from skimp.codegen.triton import tuned
 from skimp.codegen.triton.backward import differentiate, gradients
-from skimp.codegen.triton.launch import run, score
-from skimp.codegen.triton.spec import TritonSpec
+from skimp.codegen.triton.launch import Launch, run
+from skimp.codegen.triton.spec import TritonSpec, default_tiles
 from skimp.codegen.triton.tune import plans, tune
-from skimp.ir import Router, reference
-from skimp.ir.op import reference_backward
+from skimp.ir import reference
+from skimp.ir.op import reference_backward, select
 from triton.runtime import interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
@@ -165,25 +165,83 @@ def test_the_entry_point():
     K._fallbacks.clear()
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    d=st.integers(1, 300), experts=st.integers(1, 40), width=st.integers(1, 70),
-    rows=st.integers(1, 16), seed=st.integers(0, 99), dtype=st.sampled_from(list(TOLERANCE)),
+def routed(args, width, seed):
+    """A router for the rows of a call, and its scores in double, rounded as kernels round."""
+    x, scores = args[:2]
+    g = torch.Generator().manual_seed(seed)
+    down, up = (
+        (torch.randn(*shape, generator=g) * shape[-1] ** -0.5).to(x.dtype)
+        for shape in ((width, x.shape[1]), (scores.shape[1], width))
+    )
+    h = torch.relu(x.double() @ down.double().T).to(x.dtype).double()
+    return (down, up), (h @ up.double().T).abs()
+
+
+ROUTED = dict(
+    d=st.integers(1, 80), experts=st.integers(1, 40), size=st.sampled_from([1, 2, 5, 16]),
+    width=st.integers(1, 70), gated=st.booleans(), tau=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    seed=st.integers(0, 99), dtype=st.sampled_from(list(TOLERANCE)), broken=st.booleans(),
 )  # fmt: skip
-def test_scores_of_a_router(d, experts, width, rows, seed, dtype):
-    torch.manual_seed(seed)
-    router = Router(d, width, experts).to(dtype).requires_grad_(False)
-    x = torch.randn(rows, d).to(dtype)
-    spec = TritonSpec("relu", False, False, False, False, 2, d, 2 * experts, 3,
-                      str(dtype).removeprefix("torch."))  # fmt: skip
-    down, up = router.down.weight.clone(), router.up.weight.clone()
-    got = score(spec, x, down, up)
-    want = router.double()(x.double())
-    assert got.dtype == dtype
-    assert (got >= 0).all()
-    assert (got.double() - want).norm() <= 2 * TOLERANCE[dtype] * want.norm().clamp_min(1e-3)
-    x[0, 0] = float("nan")
-    assert score(spec, x, down, up)[0].isnan().all()
+
+
+def routed_call(d, experts, size, width, gated, tau, seed, dtype, broken, rows):
+    case = (d, experts * size, 9, size, gated, True, "silu" if gated else "relu")
+    args = make(case, rows, dtype, seed=seed)
+    args[2] = torch.tensor(tau)
+    if broken:
+        args[0][rows // 2, 0] = float("nan")
+    spec = K._prepare(args[0], args[1], tuple(args[3:9]), *args[9:], "ieee")
+    return args, spec, *routed(args, width, seed)
+
+
+def check_routed(spec, plan, args, router, mask):
+    """A call that scores itself, against the reference with what it was seen to select."""
+    got = run(spec, plan, args[0], router, *args[2:9])
+    chosen = [args[0].double(), mask.double(), torch.tensor(0.5)]
+    more = [t.double() if isinstance(t, torch.Tensor) else t for t in args[3:]]
+    want = reference(*chosen, *more)
+    assert torch.equal(got.isnan(), want.isnan())
+    ok = want.isfinite()
+    error = (got.double() - want)[ok].norm() / want[ok].norm().clamp_min(1e-12)
+    assert error <= TOLERANCE[got.dtype], (plan, float(error))
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 16), **ROUTED)
+def test_a_router_of_few_rows(rows, **options):
+    args, spec, router, want = routed_call(rows=rows, **options)
+    launch = Launch(spec, default_tiles(spec, "few", rows), torch.device("cpu"))
+    scores, limits, active, total = launch.score(args[0], router, args[2], rows)
+    assert torch.equal(scores.isnan(), want.isnan())
+    ok = want.isfinite()
+    worst = 2 * TOLERANCE[scores.dtype] * want[ok].norm().clamp_min(1e-3)
+    assert (scores.double() - want)[ok].norm() <= worst
+    mask = select(scores, args[2])
+    assert active[: int(total)].tolist() == mask.any(0).nonzero().flatten().tolist()
+    assert torch.equal(mask, ~(scores.float() < limits[:, None]))
+    check_routed(spec, "few", args, router, mask)
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 150), **ROUTED)
+def test_a_router_of_many_rows(rows, **options):
+    args, spec, router, want = routed_call(rows=rows, **options)
+    launch = Launch(spec, default_tiles(spec, "lists", rows), torch.device("cpu"))
+    lists = launch.lists(args[0], router, args[2], rows, rests=True)
+    counts = lists.counts.view(2, -1, spec.experts)
+    found = torch.zeros(2, rows, spec.experts, dtype=torch.long)
+    for entry in range(lists.entries):
+        span, expert = divmod(entry, spec.experts)
+        held = lists.rows.view(-1, lists.span)[entry].long()
+        found[0, held[: counts[0, span, expert]], expert] += 1
+        found[1, held.flip(0)[: counts[1, span, expert]], expert] += 1
+    assert (found.sum(0) == 1).all()  # a row is in one of the two lists of an expert, once
+    mask, limit = found[0] > 0, args[2].double() * want.amax(-1, keepdim=True)
+    clear = (want - limit).abs() > 0.03 * want.amax(-1, keepdim=True)  # of rounding
+    assert torch.equal(mask[clear], (want >= limit)[clear])
+    assert mask[want.isnan().any(-1)].all()
+    for plan in ("lists", "pairs"):
+        check_routed(spec, plan, args, router, mask)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

@@ -150,15 +150,27 @@ def test_the_op_becomes_its_kernels(name):
     assert not kernels or torch.ops.aten.clone.default not in captured.targets
 
 
-@pytest.mark.parametrize(("rows", "fused"), [(1, True), (16, True), (17, False)])
-def test_the_router_of_few_rows_is_one_launch(rows, fused):
+@pytest.mark.parametrize(
+    ("rows", "launched"),
+    [(1, ["score", "few"]), (16, ["score", "few"]), (17, []),
+     (16384, ["score_route", "number", "lists_hidden"])],
+)  # fmt: skip
+def test_kernels_take_the_router_over(rows, launched):
     captured = Captured(rows=rows, routed=True).lower()
     assert OP not in captured.targets
-    assert captured.launched == (["score", "few"] if fused else [])
-    assert (torch.ops.aten.abs.default in captured.targets) is not fused
-    if fused:
+    assert captured.launched == launched
+    assert (torch.ops.aten.abs.default in captured.targets) is not bool(launched)
+    if launched:
+        second = launched[-1] == "lists_hidden"  # whose second product is PyTorch's
+        assert (torch.ops.aten.addmm.default in captured.targets) is second
         assert torch.ops.aten.mm.default not in captured.targets
-        assert "async_compile.triton('score" in captured.code()
+        assert f"async_compile.triton('{launched[0]}" in captured.code()
+
+
+def test_a_router_too_large_for_a_kernel_stays():
+    captured = Captured(rows=16384, routed=True, d_ff=512 * 64, e=64).lower()
+    assert captured.launched == ["route", "number", "lists_hidden"]
+    assert torch.ops.aten.abs.default in captured.targets
 
 
 def test_products_that_sum_on_chip():
