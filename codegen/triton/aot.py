@@ -161,10 +161,12 @@ def kernels(spec: TritonSpec, target: str = "sm_90", width: int = WIDTH) -> list
                 f"score-{rows}-router-{width}")  # fmt: skip
         tiles = default("few", rows)
         sizes = {k: v for k, v in tiles.constants.items() if k != "BM"}
-        for from_list in (0, 1):
-            add("few", dict(x=own, **scored, **selected, **first, w_out=own, b_out=own, sums=f32,
-                            y=own, rows="i32"), {"LISTED": from_list, "RP": rows} | sizes, tiles,
-                f"few-{rows}" + "-listed" * from_list)  # fmt: skip
+        for listed_by_router in (0, 1):
+            chosen = selected if listed_by_router else dict.fromkeys(selected, own)  # not read
+            add("few", dict(x=own, **scored, **chosen, **first, w_out=own, b_out=own, sums=f32,
+                            y=own, rows="i32"),
+                {"LISTED": listed_by_router, "RP": rows} | sizes, tiles,
+                f"few-{rows}" + "-listed" * listed_by_router)  # fmt: skip
     block = selection_rows(spec, "masked")
     add("thresholds", dict(**scored, limits=f32, rows="i32"), {"BR": block}, None)
     tiles = default("masked")

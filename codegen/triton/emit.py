@@ -57,19 +57,19 @@ def few(x, scores, tau, limits, active, total, w_in, b_in, w_gate, b_gate, w_out
     row = tl.arange(0, RP)
     slot = tl.program_id(0) * BH + tl.arange(0, BH)
     if LISTED:
-        inside = slot // $S < tl.load(total)
-        expert = tl.load(active + slot // $S, mask=inside, other=0)
+        held = slot // $S < tl.load(total)
+        expert = tl.load(active + slot // $S, mask=held, other=0)
         neuron = expert * $S + slot % $S
         limit = tl.load(limits + row, mask=row < rows, other=0.0)
     else:
-        inside = slot < $FF
+        held = slot < $FF
         expert = slot // $S
         neuron = slot
         every = tl.arange(0, $EP)
         real = (row < rows)[:, None] & (every < $E)[None, :]
         s = tl.load(scores + row[:, None] * $E + every[None, :], mask=real, other=0.0)
         limit = limit_of(s, (every < $E)[None, :], tl.load(tau).to(tl.float32))
-    valid = (row < rows)[:, None] & inside[None, :]
+    valid = (row < rows)[:, None] & held[None, :]
     mine = tl.load(scores + row[:, None] * $E + expert[None, :], mask=valid, other=0.0)
     runs = valid & ((mine.to(tl.float32) < limit[:, None]) == 0)
     need = tl.max(runs.to(tl.int32), 0) > 0

@@ -201,7 +201,7 @@ class Launch:
         bias = w_out if b_out is None else b_out.contiguous()
         listed = not isinstance(scores, Tensor)
         if isinstance(scores, Tensor):
-            selected = (scores, sums, sums, sums)  # the last three are not read
+            selected = (scores, scores, scores, scores)  # the last three are not read
         else:
             selected = self.score(x, scores, tau, rows)
         constants = {k: v for k, v in self.constants.items() if k != "BM"}

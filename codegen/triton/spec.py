@@ -115,11 +115,12 @@ def default_tiles(spec: TritonSpec, plan: str, rows: int, family: Family = "hopp
 
 def _untuned(spec: TritonSpec, plan: str, rows: int, family: Family) -> Tiles:
     wide, hopper = spec.dtype == "float32", family == "hopper"
+    split = spec.precision == "tf32x3"  # an operand of its products is two numbers
     if plan == "few":
         if rows == 1:
             return Tiles(1, 8 if spec.d < 1024 else 4, min(padded(spec.d), 1024), 1024, 4, 1)
         if wide:
-            return Tiles(16, 16, 128, 64, 4, 2)
+            return Tiles(16, 16, 64 if split else 128, 64, 4, 2)
         return Tiles(16, 32, 128, 128, 4, 3) if spec.d_ff < 6144 else Tiles(16, 64, 128, 128, 8, 3)
     if plan == "masked":
         return Tiles(32, 128, 16, 16, 4, 1)
@@ -129,11 +130,11 @@ def _untuned(spec: TritonSpec, plan: str, rows: int, family: Family) -> Tiles:
         columns = 128 if hopper or plan != "pairs" else 64
         tiles = Tiles(128, 64 if half else 128, 64, columns, 8, 3)
     elif plan != "pairs":
-        tiles = Tiles(64, 64, 32, 64, 8, 2)
+        tiles = Tiles(64, 64, 32 if hopper or not split else 16, 64, 8, 2)
     elif spec.precision == "ieee":
-        tiles = Tiles(64, 32, 32, 64, 4, 2)  # more would spill
+        tiles = Tiles(64, 32, 32, 64, 4 if hopper or not spec.gated else 8, 2)
     else:
-        tiles = Tiles(128, 64, 32, 64, 8, 3)
+        tiles = Tiles(128, 64 if hopper and not spec.gated else 32, 32, 64, 8, 3)
     neurons = spec.expert_size if plan in ("pairs", "lists") else spec.d_ff
     return replace(
         tiles,
@@ -164,10 +165,12 @@ def scores_fit(spec: TritonSpec, plan: str, width: int) -> bool:
 
 
 def grad_tiles(spec: TritonSpec) -> Tiles:
-    """Of every kernel that differentiates: in 16 bits small enough not to spill, gated or not."""
-    wide = spec.dtype == "float32"
+    """Of every kernel that differentiates: so that none spills, gated or not. Not measured."""
     neurons = min(32, padded(spec.expert_size))
-    return Tiles(32 if wide else 64, neurons, 32, 32, 8 if wide else 4, 2)
+    if spec.dtype != "float32":
+        return Tiles(64, neurons, 32, 32, 4, 3)
+    across = 64 if spec.precision == "ieee" else 32
+    return Tiles(32, neurons, across, across, 4 if spec.precision == "tf32" else 8, 2)
 
 
 _FEW_ONE = ((4, 1024, 2), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (2, 1024, 2))

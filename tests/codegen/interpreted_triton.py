@@ -222,7 +222,7 @@ def test_a_router_of_few_rows(rows, **options):
     check_routed(spec, "few", args, router, mask)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 150), **ROUTED)
 def test_a_router_of_many_rows(rows, **options):
     args, spec, router, want = routed_call(rows=rows, **options)
