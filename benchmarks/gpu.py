@@ -111,7 +111,9 @@ def helper(i):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--static", action="store_true", help="write what compilers say, time nothing")
+    parser.add_argument(
+        "--static", action="store_true", help="write what compilers say, time nothing"
+    )
     parser.add_argument("--only", default="check,paper,decode,router,table")
     parser.add_argument("--seconds", type=float, default=480, help="start no line after so many")
     parser.add_argument("--helper", type=int, help=argparse.SUPPRESS)

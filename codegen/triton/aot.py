@@ -21,6 +21,7 @@ from .spec import (
     Tiles,
     TritonSpec,
     default_tiles,
+    few_constants,
     grad_tiles,
     padded,
     score_route_tiles,
@@ -160,13 +161,12 @@ def kernels(spec: TritonSpec, target: str = "sm_90", width: int = WIDTH) -> list
             add("score", dict(**routed, sums=f32, scores=own, **selected, rows="i32"), sizes, tiles,
                 f"score-{rows}-router-{width}")  # fmt: skip
         tiles = default("few", rows)
-        sizes = {k: v for k, v in tiles.constants.items() if k != "BM"}
-        for listed_by_router in (0, 1):
-            chosen = selected if listed_by_router else dict.fromkeys(selected, own)  # not read
+        for by_router in (False, True):
+            chosen = selected if by_router else dict.fromkeys(selected, own)  # not read
             add("few", dict(x=own, **scored, **chosen, **first, w_out=own, b_out=own, sums=f32,
                             y=own, rows="i32"),
-                {"LISTED": listed_by_router, "RP": rows} | sizes, tiles,
-                f"few-{rows}" + "-listed" * listed_by_router)  # fmt: skip
+                few_constants(tiles, rows == 1, by_router), tiles,
+                f"few-{rows}" + "-listed" * by_router)  # fmt: skip
     block = selection_rows(spec, "masked")
     add("thresholds", dict(**scored, limits=f32, rows="i32"), {"BR": block}, None)
     tiles = default("masked")
@@ -199,7 +199,9 @@ def kernels(spec: TritonSpec, target: str = "sm_90", width: int = WIDTH) -> list
         {"SPAN": SPAN, **tiles.constants}, tiles)  # fmt: skip
     sizes = {"SPAN": SPAN, "BM": tiles.rows, "BH": tiles.neurons, "BK": tiles.depth}
     where = dict(lists=i32, counts=i32)
-    for across, bias in dict.fromkeys([(spec.d, spec.b_in or spec.b_gate), (spec.d, False), (spec.d_out, False)]):
+    for across, bias in dict.fromkeys(
+        [(spec.d, spec.b_in or spec.b_gate), (spec.d, False), (spec.d_out, False)]
+    ):
         add("grads_weight", where | dict(left=own, right=own, out=own, sums=own, spans="i32"),
             {"W": across, "SUM": int(bias)} | sizes, tiles, f"grads_weight-{across}"
             + "-bias" * bias)  # fmt: skip

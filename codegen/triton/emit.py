@@ -118,6 +118,7 @@ def few(x, scores, tau, limits, active, total, w_in, b_in, w_gate, b_gate, w_out
                 tl.store(y + column, v.to(y.dtype.element_ty), mask=column < $O)
 '''
 
+
 def emit(spec: TritonSpec) -> str:
     """The complete module of one block: a selection, and every way of running what it selects."""
     return _text(spec, [_HEAD, SCORE, _FEW, BLOCKS, ROUTE, LISTS, PAIRS])

@@ -19,6 +19,7 @@ from .spec import (
     Tiles,
     TritonSpec,
     default_tiles,
+    few_constants,
     padded,
     score_route_tiles,
     score_tiles,
@@ -204,10 +205,9 @@ class Launch:
             selected = (scores, scores, scores, scores)  # the last three are not read
         else:
             selected = self.score(x, scores, tau, rows)
-        constants = {k: v for k, v in self.constants.items() if k != "BM"}
         self.kernel("few")[(cdiv(self.spec.d_ff, self.tiles.neurons),)](
             x, selected[0], tau, *selected[1:], *first, w_out, bias, sums, y, rows,
-            LISTED=listed, RP=1 if one else FEW_ROWS, **constants, **self.options,
+            **few_constants(self.tiles, one, listed), **self.options,
         )  # fmt: skip
         return y if one else self.finish(sums.narrow(0, 0, n), b_out, x.dtype)
 

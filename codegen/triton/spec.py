@@ -145,6 +145,13 @@ def _untuned(spec: TritonSpec, plan: str, rows: int, family: Family) -> Tiles:
     )
 
 
+def few_constants(tiles: Tiles, one: bool, listed: bool) -> dict[str, int]:
+    """Of ``few``, for one row or more; a list of experts takes registers that columns leave."""
+    columns = min(tiles.columns, 512) if listed else tiles.columns
+    rows = 1 if one else FEW_ROWS
+    return dict(LISTED=listed, RP=rows, BH=tiles.neurons, BK=tiles.depth, BO=columns)
+
+
 def score_tiles(spec: TritonSpec, one: bool) -> Tiles:
     """Of ``score``: many programs, as few neurons as a product takes. Not measured."""
     depth = min(padded(spec.d), 256 if one else 128)
@@ -154,7 +161,8 @@ def score_tiles(spec: TritonSpec, one: bool) -> Tiles:
 def score_route_tiles(spec: TritonSpec, width: int) -> Tiles:
     """Of ``score_route``: rows that fit a span, and warps that hold their scores. Not measured."""
     many = max(padded(width), padded(spec.experts)) > 64
-    return Tiles(64, 16, min(padded(spec.d), 64), 16, 8 if many else 4, 2)
+    depth = 32 if spec.precision == "tf32x3" else 64
+    return Tiles(64, 16, min(padded(spec.d), depth), 16, 8 if many else 4, 2)
 
 
 def scores_fit(spec: TritonSpec, plan: str, width: int) -> bool:
@@ -196,9 +204,7 @@ _NARROW = (
 )
 
 
-def candidates(
-    spec: TritonSpec, plan: str, rows: int, family: Family = "hopper"
-) -> list[Tiles]:
+def candidates(spec: TritonSpec, plan: str, rows: int, family: Family = "hopper") -> list[Tiles]:
     """Tiles worth timing, the default first."""
     first = default_tiles(spec, plan, rows, family)
     if plan == "few":

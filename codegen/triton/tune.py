@@ -15,9 +15,7 @@ def plans(spec: TritonSpec, rows: int) -> list[str]:
     return ["few", "masked"] if rows <= FEW_ROWS else ["masked", "lists", "pairs", "blocks"]
 
 
-def options(
-    spec: TritonSpec, rows: int, family: Family = "hopper"
-) -> Iterator[tuple[str, Tiles]]:
+def options(spec: TritonSpec, rows: int, family: Family = "hopper") -> Iterator[tuple[str, Tiles]]:
     """Every plan with each of its candidate tiles."""
     for plan in plans(spec, rows):
         for tiles in candidates(spec, plan, rows, family):

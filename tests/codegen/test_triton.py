@@ -168,7 +168,9 @@ def test_the_roofline_by_hand(built):
     assert both.tile_flops == 2 * 128 * 128 * 1536
     found = report.line(by_name["pairs"], many=1 << 20, share=1.0)
     assert found["bound"] == "products"
-    assert found["predicted_us"] == pytest.approx((1 << 20) * 3072 * 3072 / 989.5e12 * 1e6, rel=1e-3)
+    assert found["predicted_us"] == pytest.approx(
+        (1 << 20) * 3072 * 3072 / 989.5e12 * 1e6, rel=1e-3
+    )
     assert report.line(by_name["few-1"])["bound"] == "memory"
     routed = report.work(by_name["score_route-pairs-router-128"], 1000, 0.25)
     assert routed.flops == 2 * 1000 * 128 * (768 + 24)
