@@ -4,7 +4,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 

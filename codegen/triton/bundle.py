@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.cost import write_atomically
-from ...ir.errors import ArtefactError, CompileError
+from ...ir.errors import ArtefactError
 from .aot import Compiled, compile_all
 from .spec import TritonSpec
 

@@ -108,7 +108,7 @@ class Lowering(CustomGraphPass):
 
     def _replace(self, match: Match, *args: Any) -> None:
         self.lowered += 1
-        x, scores, *others = args
+        x, _, *others = args
         weights = _routed(*args)
         op = torch.ops.skimp
         match.replace_by_example(

@@ -1,7 +1,7 @@
 """Run by test_triton.py in a process where Triton interprets: kernels launched from a bundle.
 
-The bundle is a real one, and so is everything up to the driver's interface. Behind that is a small C
-library, which reads arguments as a driver does, and lets the interpreter run the kernel that the
+The bundle is a real one, and so is everything up to the driver's interface. Behind that is a small
+C library, which reads arguments as a driver does, and lets the interpreter run the kernel that the
 manifest names on the memory that the parameters point to.
 """
 
@@ -187,12 +187,12 @@ def test_the_op_runs_them_and_generates_nothing(served, monkeypatch):
 def test_what_a_kernel_was_not_compiled_for_is_refused(served):
     card, spec = served
     args = make(spec, 3)
-    with pytest.raises(CompileError, match="no kernel few of .*build it again with skimp aot"):
+    with pytest.raises(CompileError, match=r"no kernel few of .*build it again with skimp aot"):
         launch.run(spec, "few", *args[:9], tiles=Tiles(16, 16, 32, 64, 4, 2))
     shifted = torch.randn(3 * spec.d + 1)[1:].view(3, spec.d)
-    with pytest.raises(CompileError, match="aligned to 16 bytes.*serve no bundle"):
+    with pytest.raises(CompileError, match=r"aligned to 16 bytes.*serve no bundle"):
         launch.run(spec, "few", shifted, *args[1:9])
-    with pytest.raises(CompileError, match="takes .fp32"):
+    with pytest.raises(CompileError, match=r"takes \*fp32"):
         launch.run(spec, "few", args[0], args[1].half(), *args[2:9])
     assert not card.launched
 
@@ -200,7 +200,7 @@ def test_what_a_kernel_was_not_compiled_for_is_refused(served):
 def test_an_error_of_the_driver_is_ours(library):
     bundle = read(BUNDLE)
     Card(library, bundle, capability=(9, 0))
-    with pytest.raises(CompileError, match="for sm_80, device 0 is sm_90.*aot --target sm_90"):
+    with pytest.raises(CompileError, match=r"for sm_80, device 0 is sm_90.*aot --target sm_90"):
         Loaded(bundle, library)
     Card(library, bundle, capability=(12, 1))
     with pytest.raises(CompileError, match="device 0 is sm_121"):

@@ -278,7 +278,7 @@ def test_damage_of_any_bit_is_refused_or_without_effect(bundled, tmp_path):
 
 def test_a_bundle_of_another_version_is_refused(bundled, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "VERSION", bundle.VERSION + 1)
-    with pytest.raises(ArtefactError, match="has version .*build it again"):
+    with pytest.raises(ArtefactError, match=r"has version .*build it again"):
         bundle.read(bundled)
 
 
