@@ -86,8 +86,7 @@ class Compiled:
         spills: Bytes (NVIDIA) or registers (AMD) that did not fit.
         programs: Estimate of how many share a multiprocessor.
         matrix: The matrix instruction it uses, or an empty string.
-        wide_loads: Share of the bytes that its load instructions name, of which 16 or more come at
-            once.
+        wide_loads: Bytes that a thread loads by instructions that name 16 or more, loops once.
     """
 
     spec: TritonSpec
@@ -101,7 +100,7 @@ class Compiled:
     spills: int
     programs: int
     matrix: str
-    wide_loads: float
+    wide_loads: int
 
     @property
     def occupancy(self) -> float:
@@ -275,10 +274,9 @@ def _parameters(text: str) -> int:
     return text.partition(".entry")[2].partition("{")[0].count(".param ")
 
 
-def _wide_loads(text: str) -> float:
+def _wide_loads(text: str) -> int:
     """See :class:`Compiled`; of PTX or AMD's assembly."""
-    sizes = [_load_bytes(found) for found in _LOAD.finditer(text)]
-    return round(sum(n for n in sizes if n >= 16) / max(1, sum(sizes)), 3)
+    return sum(n for n in map(_load_bytes, _LOAD.finditer(text)) if n >= 16)
 
 
 def _load_bytes(found: re.Match[str]) -> int:

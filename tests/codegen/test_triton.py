@@ -17,6 +17,7 @@ from skimp.codegen.triton.aot import kernels as kernels_of
 from skimp.codegen.triton.emit import emit, emit_grads
 from skimp.codegen.triton.report import GATED, PLAIN
 from skimp.codegen.triton.spec import (
+    ITEM_BYTES,
     Tiles,
     TritonSpec,
     candidates,
@@ -90,6 +91,13 @@ def test_every_kernel_compiles_for_every_target_and_fits(built):
                 assert c.parameters == len(arguments) + 2
 
 
+def loads_weights_wide(spec, kernel, target, wide_loads):
+    """Whether 16 bytes or more at a time bring all weights that a program of `few` needs at once."""
+    c, threads = kernel.constants, kernel.warps * (32 if target.startswith("sm_") else 64)
+    weights = c["BH"] * ((2 if spec.gated else 1) * c["BK"] + c["BO"])
+    return wide_loads * threads >= weights * ITEM_BYTES[spec.dtype]
+
+
 UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx": "v_mfma"}
 MANY = ("blocks", "lists_hidden", "pairs", "grads_hidden", "grads_input")
 
@@ -101,8 +109,10 @@ def test_the_instructions_are_those_meant(built):
             unit = UNITS.get(target, UNITS["gfx"])
             assert by_name[name].matrix.startswith(unit), (target, name)
         for name, c in by_name.items():
-            if c.kernel.function in ("few", "score_route", *MANY[:3]):
-                assert c.wide_loads > 0.5, (target, name, c.wide_loads)
+            if c.kernel.function == "few":
+                assert loads_weights_wide(c.spec, c.kernel, target, c.wide_loads), (target, name)
+            if c.kernel.function in ("score_route", *MANY[:3]):
+                assert c.wide_loads, (target, name)
             if "16" in name or c.kernel.function in ("score_route", "grads_weight"):
                 assert c.matrix, (target, name)
 
@@ -131,7 +141,8 @@ def test_no_default_configuration_spills():
         if x["kernel"] in MANY and spec.precision != "ieee":
             assert x["matrix"], where
         if x["kernel"].startswith("few"):
-            assert x["wide_loads"] > 0.5, where
+            kernel = next(k for k in kernels_of(spec, x["target"]) if k.name == x["kernel"])
+            assert loads_weights_wide(spec, kernel, x["target"], x["wide_loads"]), where
         seen.add((x["target"], spec.dtype, spec.precision, spec.gated))
     arithmetic = (("bfloat16", "ieee"), ("float16", "ieee"), *(
         ("float32", p) for p in ("ieee", "tf32", "tf32x3")
