@@ -147,7 +147,7 @@ def _untuned(spec: TritonSpec, plan: str, rows: int, family: Family) -> Tiles:
 
 def few_constants(tiles: Tiles, one: bool, listed: bool) -> dict[str, int]:
     """Of ``few``, for one row or more; a list of experts takes registers that columns leave."""
-    columns = min(tiles.columns, 256) if listed else tiles.columns
+    columns = min(tiles.columns, 256 if one else 64) if listed else tiles.columns
     rows = 1 if one else FEW_ROWS
     return dict(LISTED=listed, RP=rows, BH=tiles.neurons, BK=tiles.depth, BO=columns)
 
