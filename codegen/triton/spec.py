@@ -147,7 +147,7 @@ def _untuned(spec: TritonSpec, plan: str, rows: int, family: Family) -> Tiles:
 
 def few_constants(tiles: Tiles, one: bool, listed: bool) -> dict[str, int]:
     """Of ``few``, for one row or more; a list of experts takes registers that columns leave."""
-    columns = min(tiles.columns, 256 if one else 64) if listed else tiles.columns
+    columns = min(tiles.columns, 128 if one else 64) if listed else tiles.columns
     rows = 1 if one else FEW_ROWS
     return dict(LISTED=listed, RP=rows, BH=tiles.neurons, BK=tiles.depth, BO=columns)
 
@@ -166,10 +166,14 @@ def score_route_tiles(spec: TritonSpec, width: int) -> Tiles:
 
 
 def scores_fit(spec: TritonSpec, plan: str, width: int) -> bool:
-    """Whether the kernels of a plan can take a router over; what is larger would spill."""
+    """Whether the kernels of a plan can take a router over; what is larger would spill.
+
+    So would IEEE products of that many rows, which PyTorch's outrun anyway.
+    """
     if plan == "few":
         return spec.experts <= 1024
-    return plan in ("lists", "pairs") and max(width, spec.experts) <= 256
+    ieee = spec.dtype == "float32" and spec.precision == "ieee"
+    return plan in ("lists", "pairs") and not ieee and max(width, spec.experts) <= 256
 
 
 def grad_tiles(spec: TritonSpec) -> Tiles:
