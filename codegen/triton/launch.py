@@ -23,6 +23,7 @@ from .spec import (
     padded,
     score_route_tiles,
     score_tiles,
+    scores_fit,
     selection_rows,
 )
 
@@ -69,8 +70,8 @@ def run(
         spec: Of the block.
         plan: Which kernels.
         x: As :func:`skimp.ir.reference` takes it, like the others up to ``b_out``.
-        scores: The router's, or its weights: the kernels that decide which experts run (``few``,
-            ``lists`` and ``pairs`` have them) then also compute the scores.
+        scores: The router's, or its weights: where :func:`skimp.codegen.triton.spec.scores_fit`,
+            the kernel that decides which experts run then also computes the scores.
         tau: Threshold.
         w_in: Weights, like the five that follow.
         b_in: Or ``None``.
@@ -92,7 +93,7 @@ def run(
     x, tau = x.contiguous(), tau.to(x.device, torch.float32)
     if isinstance(scores, Tensor):
         scores = scores.contiguous()
-    elif plan in ("masked", "blocks"):
+    elif not scores_fit(spec, plan, int(scores[0].shape[0])):
         scores = (torch.relu(x @ scores[0].T) @ scores[1].T).abs()
     if traced and plan == "masked":
         # dense products and what lies between them: Inductor makes one kernel of the latter

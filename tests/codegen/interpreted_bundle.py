@@ -132,7 +132,10 @@ def served(library):
     loaded = Loaded(bundle, library)
     launch.serve(loaded.modules)
     K._prepared.clear()
-    yield card, next(iter(loaded.modules))
+    spec = next(iter(loaded.modules))
+    K.use_float32(spec.precision)
+    yield card, spec
+    K.use_float32(None)
     launch.serve({})
     K._prepared.clear()
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "gpu-static.json").read_text())
 RAGGED = TritonSpec("gelu_tanh", True, True, True, False, 5, 30, 60, 7, "float32")
 SPECS = {"gated": GATED, "plain": PLAIN, "ragged": RAGGED}
-BUNDLED = TritonSpec("gelu_tanh", True, True, True, True, 20, 24, 60, 16, "float32")
+BUNDLED = TritonSpec("gelu_tanh", True, True, True, True, 20, 24, 60, 16, "float32", "tf32x3")
 WIDTH = 12
 
 
