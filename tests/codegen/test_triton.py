@@ -92,7 +92,7 @@ def test_every_kernel_compiles_for_every_target_and_fits(built):
 
 
 def loads_weights_wide(spec, kernel, target, wide_loads):
-    """Whether 16 bytes or more at a time bring all weights that a program of `few` needs at once."""
+    """Whether all weights that a program of `few` needs at once come 16 bytes at a time or more."""
     c, threads = kernel.constants, kernel.warps * (32 if target.startswith("sm_") else 64)
     weights = c["BH"] * ((2 if spec.gated else 1) * c["BK"] + c["BO"])
     return wide_loads * threads >= weights * ITEM_BYTES[spec.dtype]
