@@ -1,0 +1,1 @@
+"""Speculative decoding from token trees sized by measured costs."""
