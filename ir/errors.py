@@ -31,3 +31,7 @@ class ArtefactError(SkimpError):
 
 class TraceError(SkimpError):
     """A model that cannot be captured as one graph."""
+
+
+class TargetError(SkimpError):
+    """A model that cannot verify token trees, or a drafter or an option that does not fit it."""
