@@ -6,10 +6,10 @@ The order of D2DMoE's ablation, each variant the same passes with one thing more
     + sparsification        square Hoyer in distillation and fine-tuning
     + norm regression       routers of output norms (squared error)
     + dynamic-k             thresholds in place of a fixed k
-    + experts allotted      to each block the share that it can least do without (skimp's own)
     + attention projections query, key, value and output converted too
 
-and two with skimp's own last stage, training while experts are skipped (Recover). All variants of a
+and three with what is skimp's own: training while experts are skipped (Recover), without and with
+projections, and experts allotted to the blocks that can least do without them. All variants of a
 seed start from one dense model and get the same training. Thresholds are chosen on data apart from
 what is measured. A file per seed and variant lies in --folder: start it again, and it goes on.
 
@@ -71,16 +71,15 @@ VARIANTS = [
     Variant("sparsity", "+ sparsification", norms=False, static=True),
     Variant("norms", "+ norm regression", static=True),
     Variant("dynamic", "+ dynamic-k"),
-    Variant("allotted", "+ experts allotted", even=False),
-    Variant("projections", "+ attention projections", projections=True, even=False),
-    Variant("recovered", "FFNs, recovered", recover=True, even=False),
+    Variant("projections", "+ attention projections", projections=True),
+    Variant("recovered", "FFNs, recovered", recover=True),
     Variant(
         "recovered-projections",
         "FFNs and projections, recovered",
         projections=True,
         recover=True,
-        even=False,
     ),
+    Variant("allotted", "FFNs, experts allotted", even=False),
 ]
 
 

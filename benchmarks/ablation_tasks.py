@@ -168,6 +168,6 @@ TASKS = {
     "sst2": Task(
         "sst2", "SST-2, MiniLM of six layers", sst2, minilm,
         epochs=2, lr=1e-4, expert_size=8, router_width=64, distil=40_000, finetune=100,
-        recover=130, route=400, recover_share=0.3,
+        recover=130, route=400, recover_share=0.3, alpha=0.1, tune_alpha=0.25,
     ),
 }  # fmt: skip

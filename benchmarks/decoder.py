@@ -1,32 +1,34 @@
 """SmolLM2-135M made sparse within a time budget: perplexity against FLOPs, and decode speed.
 
-Label-free: calibration text is what Python carries, the loss is the divergence from the dense
-model's next tokens. Start it again with the same arguments and it goes on after the last finished
-pass. Perplexity is of WikiText-2 (validation), in windows without overlap. Decoding is one token
-at a time, batch of one, with a static key-value cache; every rival is compiled, and runs are
-interleaved in this process.
+Label-free: the loss is the divergence from the dense model's next tokens, on text that Python
+carries, or, with --sampled, that the model writes itself first. Start it again with the same
+arguments and it goes on after the last finished pass. Perplexity is of WikiText-2 (validation), in
+windows without overlap. Decoding is one token at a time, batch of one, with a static key-value
+cache; every rival is compiled, and runs are interleaved in this process. On a GPU (--device cuda)
+it trains and measures perplexity, no speed.
 """
 
 import argparse
 import copy
 import json
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from skimp.ir.cost import write_atomically
-from skimp.ir.measure import agree, compare
+from skimp.ir.measure import agree, compare, machine
 from skimp.passes.base import Context, kl_divergence, next_tokens
 from skimp.passes.budget import Budget, set_tau, taus_at
 from skimp.passes.convert import convert
-from skimp.passes.data import embedded_text
+from skimp.passes.data import embedded_text, on_device
 from skimp.passes.lift import blocks
 from skimp.passes.project import Project
 from skimp.passes.quality import evaluate, whole_model_flops
 from skimp.passes.recover import Recover
 from skimp.passes.route import Route, Split
 from skimp.passes.sparsify import Relufy, Sparsify
-from skimp.runtime.language import best_neurons, perplexity, wikitext2, windows
+from skimp.runtime.language import best_neurons, perplexity, sampled, wikitext2, windows
 from skimp.runtime.models import DECODER, load_pretrained
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -46,9 +48,17 @@ def passes(args):
             alpha=args.alpha,
             clamp=None if args.relufy else -10.0,
         ),
-        Split(rows=args.chunk),
-        Route(tokens=args.chunk, steps=max(20, int(5 * args.minutes))),
-        Recover(share=args.share, steps=10**6, seconds=recover * seconds, segments=args.segments),
+        Split(rows=min(args.chunk, 16_384)),
+        Route(tokens=args.chunk, steps=args.route, relative=True),
+        Recover(
+            share=args.share,
+            steps=10**6,
+            seconds=recover * seconds,
+            segments=args.segments,
+            jitter=args.jitter,
+            lr=args.lr,
+            relative=True,
+        ),
         Budget(f"flops <= {args.share + 0.1:.2f}"),
     ]
 
@@ -128,9 +138,15 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="of training, in all")
     parser.add_argument("--folder", type=Path, default=Path("out/decoder"))
     parser.add_argument("--projections", action="store_true")
-    parser.add_argument("--keep-activation", dest="relufy", action="store_false")
+    parser.add_argument("--relufy", action="store_true", help="ReLU in place of SiLU")
     parser.add_argument("--share", type=float, default=0.6, help="of experts, to recover at")
     parser.add_argument("--alpha", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak, of recovery")
+    parser.add_argument("--jitter", type=float, default=0.2)
+    parser.add_argument("--route", type=int, default=300, help="steps of each router")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sampled", type=int, default=0, help="tokens that the model writes")
+    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens")
     parser.add_argument("--expert-size", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens held in memory")
     parser.add_argument("--segments", type=int, default=1, help="gradient checkpointing")
@@ -152,14 +168,23 @@ def main():
             log(f"{stage} {finished / total:.0%} {note}")
 
     loaded = load_pretrained(DECODER)
-    data = windows(loaded.tokenizer, embedded_text(), length=256, batch=4)
-    held, train = data[: 2 if args.quick else 8], data[8:]
+    device = torch.device(args.device)
+    model = loaded.model.to(device)
+    data = windows(loaded.tokenizer, embedded_text(), length=256, batch=args.batch)
+    if args.sampled:
+        begin = time.monotonic()
+        with torch.autocast(device.type, torch.bfloat16):
+            own = sampled(model, loaded.tokenizer, args.sampled, batch=args.batch)
+        log(f"{args.sampled} tokens sampled in {time.monotonic() - begin:.0f} s")
+        data = [b for pair in zip_longest(own, data) for b in pair if b is not None]
+    few = max(2, (2 if args.quick else 32) // args.batch)
+    held, train = data[:few], data[few:]
     length = 512
     text = windows(loaded.tokenizer, [wikitext2(8 * args.eval_tokens)], length=length, batch=2)
-    text = text[: max(1, args.eval_tokens // (2 * length))]
+    text = on_device(text[: max(1, args.eval_tokens // (2 * length))], device)
     start = time.monotonic()
     done = convert(
-        loaded.model,
+        model,
         train,
         held_out=held,
         passes=passes(args),
@@ -169,23 +194,26 @@ def main():
         progress=progress,
     )
     trained = time.monotonic() - start
-    context = Context(done.teacher, train, held, next_tokens, distance=kl_divergence)
+    held = on_device(held, device)
+    context = Context(done.teacher, held, held, next_tokens, distance=kl_divergence)
     shares = (0.5, 0.7, 1.0) if args.quick else SHARES
     rows = frontier(done, context, text, shares, log)
     dense = rows[0]["perplexity"]
     good = [r for r in rows if r["kind"] == "converted" and r["perplexity"] <= 1.05 * dense]
     best = min(good, key=lambda r: r["ffn"], default=None)
     share = best["share"] if best else args.share
-    prompt = text[0]["input_ids"][:1, :129]
-    speed = decode_speed(loaded.model, done, prompt, share, context, 5 if args.quick else 30)
-    for name, rate in speed["tokens_per_second"].items():
-        log(f"{name:18} {rate:6.1f} tokens/s")
+    prompt, speed = text[0]["input_ids"][:1, :129], None
+    if device.type == "cpu":
+        speed = decode_speed(loaded.model, done, prompt, share, context, 5 if args.quick else 30)
+        for name, rate in speed["tokens_per_second"].items():
+            log(f"{name:18} {rate:6.1f} tokens/s")
     result = {
         "model": DECODER,
         "minutes": args.minutes,
         "options": {k: str(v) for k, v in vars(args).items()},
         "seconds_of_this_run": round(trained, 1),
         "text": {"tokens": sum(b["input_ids"].numel() for b in text), "window": length},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "frontier": rows,

@@ -27,7 +27,7 @@ from .base import (
 )
 from .budget import Budget, parse_target
 from .choose import Choose
-from .data import LABELS, Batch
+from .data import LABELS, Batch, on_device
 from .find import Found
 from .finetune import Finetune
 from .lift import blocks, lift, search
@@ -119,7 +119,8 @@ def convert(
         convert(model, data, loss=lambda out, batch: cross_entropy(out.logits, batch["labels"]))
 
     Args:
-        model: Any module that :func:`torch.export.export` takes; it stays as it is.
+        model: Any module that :func:`torch.export.export` takes; it stays as it is. Training runs
+            where its parameters are, on a GPU in bfloat16.
         data: Batches of keyword arguments, as :func:`skimp.batches` makes them.
         budget: ``flops <= x`` (of what is converted), ``cosine >= x`` or, of a language model,
             ``kl <= x`` (nats per token), held on ``held_out``.
@@ -150,7 +151,8 @@ def convert(
         TraceError: The model cannot be captured as one graph.
     """
     check_weights(model)
-    train, held = _divide(data, held_out)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    train, held = (on_device(part, device) for part in _divide(data, held_out))
     teacher, found = prepare(
         model,
         train[0],
@@ -237,12 +239,14 @@ def fingerprint(gm: GraphModule, data: Sequence[Batch], options: str) -> str:
     for name, tensor in sorted(gm.state_dict().items()):
         if ".router." not in name:
             digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(
+                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            )
     for batch in data:
         for name, value in batch.items():
             digest.update(name.encode())
             if isinstance(value, Tensor):
-                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -144,6 +144,14 @@ def real_tokens(batch: Batch) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
+def on_device(data: Sequence[Batch], device: torch.device) -> list[Batch]:
+    """The same batches, their tensors on a device."""
+    return [
+        {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+        for batch in data
+    ]
+
+
 def count_tokens(data: Iterable[Batch]) -> int:
     """Number of tokens that are not padding."""
     total = 0

@@ -143,7 +143,7 @@ def _replace_fused(
         if not torch.equal(order, torch.arange(len(order))):
             buffer = f"{names[0].rpartition('.')[0]}.columns"
             owner, _, leaf = buffer.rpartition(".")
-            gm.get_submodule(owner).register_buffer(leaf, order)
+            gm.get_submodule(owner).register_buffer(leaf, order.to(next(gm.parameters()).device))
             columns = gm.graph.get_attr(buffer)
             whole = gm.graph.call_function(
                 torch.ops.aten.index_select.default, (whole, -1, columns)
@@ -182,7 +182,7 @@ def _block(gm: GraphModule, site: FFNSite, expert_size: int, router_width: int) 
         act=site.act,
         router_width=router_width,
     )
-    return block.to(w_in.dtype).train(gm.training)
+    return block.to(w_in).train(gm.training)
 
 
 def _replace(

@@ -108,7 +108,7 @@ class Project(Sparsify):
             w_in, b_in, None, None, w_out, b_out,
             expert_size=linear.expert_size, act="relu", router_width=width, linear=True,
         )  # fmt: skip
-        return block.to(linear.weight.dtype).train(linear.training).requires_grad_(False)
+        return block.to(linear.weight).train(linear.training).requires_grad_(False)
 
 
 def as_network(
@@ -145,10 +145,10 @@ def as_network(
         w_in, w_out = reads / scale, u * scale
         b_in = -w_in @ centre
         rest = neurons - 2 * parts  # an odd one, or more than there is rank
-        idle = torch.randn(rest, linear.d) / linear.d**0.5
+        idle = torch.randn(rest, linear.d).to(weight.device) / linear.d**0.5
         return (
             torch.cat([w_in, -w_in, idle]),
-            torch.cat([b_in, -b_in, torch.zeros(rest)]),
-            torch.cat([w_out, -w_out, torch.zeros(rest, linear.d_out)]),
+            torch.cat([b_in, -b_in, b_in.new_zeros(rest)]),
+            torch.cat([w_out, -w_out, w_out.new_zeros(rest, linear.d_out)]),
             weight @ centre + (0 if linear.bias is None else linear.bias.float()),
         )

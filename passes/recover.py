@@ -31,6 +31,7 @@ from .base import (
     Pass,
     PassResult,
     cosine_distance,
+    device_of,
     embedding_weights,
     expert_norms,
     first_tensor,
@@ -40,6 +41,7 @@ from .base import (
     paced,
     real_rows,
     replaced,
+    row_scaled,
     task_loss,
     trainable,
 )
@@ -50,10 +52,11 @@ from .lift import blocks
 class _Gated(nn.Module):
     """A block in training: the share of experts that run is set, the threshold follows."""
 
-    def __init__(self, block: DynkFFN, alpha: float = 0.0) -> None:
+    def __init__(self, block: DynkFFN, alpha: float = 0.0, relative: bool = False) -> None:
         super().__init__()
         self.block = block
         self.alpha = alpha
+        self.relative = relative
         self.share = 1.0
         self.mask: Tensor | None = None
         self.router_loss = self.hoyer = torch.tensor(0.0)
@@ -66,6 +69,8 @@ class _Gated(nn.Module):
         tau = relative_quantile(real_rows(ratio, self.mask), self.share)
         with torch.no_grad():
             norms = expert_norms(block, h)
+        if self.relative:
+            scores, norms = row_scaled(scores, norms)
         self.router_loss = relative_error(scores, norms, self.mask, norms.float().square().mean())
         if self.alpha:
             self.hoyer = real_rows(hoyer(h)[..., None], self.mask).mean()
@@ -87,6 +92,7 @@ class Recover(Pass):
         alpha: Weight of the square Hoyer term.
         jitter: The share varies by this factor from step to step, so that tau stays a knob.
         seconds: Stop after this long, the schedule shortened to match.
+        relative: Routers learn norms relative to their row's, as in :class:`.Route`.
         segments: Cut the graph into so many parts and keep, for the backward pass, only what goes
             from one to the next (gradient checkpointing); 1 keeps everything.
     """
@@ -101,10 +107,11 @@ class Recover(Pass):
     seconds: float = math.inf
     segments: int = 1
     even: bool = True
+    relative: bool = False
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Train ``gm``; thresholds are left to the budget."""
-        gated = {name: _Gated(b, self.alpha) for name, b in blocks(gm).items()}
+        gated = {name: _Gated(b, self.alpha, self.relative) for name, b in blocks(gm).items()}
         routers = [p for g in gated.values() for p in g.block.router.parameters()]
         held = {id(p) for p in routers}
         embeddings = embedding_weights(gm)
@@ -114,7 +121,7 @@ class Recover(Pass):
         peaks = [self.lr, self.router_lr]
         generator = torch.Generator().manual_seed(context.seed)
         found = None if self.even else options(gm, context)
-        stream = cycle(context.train)
+        stream, device = cycle(context.train), device_of(gm)
         stats: dict[str, Any] = {}
         with trainable(gm, [*body, *routers]), replaced(gm, dict(gated)):
             for step, fraction in paced(self.steps, self.seconds):
@@ -126,7 +133,7 @@ class Recover(Pass):
                     g.share = shares[name]
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * learning_rate(step, fraction)
-                with mixed_precision():
+                with mixed_precision(device):
                     loss, distance = self._loss(gm, gated, context, next(stream))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -170,6 +177,7 @@ class _Tap(Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.states: dict[str, Tensor] = {}
+        self.wide = device_of(gm).type == "cpu"
 
     def run_in(self, segments: int, inputs: Sequence[Any]) -> Any:
         """Run the graph in parts; what is inside a part is computed again for the backward pass."""
@@ -200,7 +208,7 @@ class _Tap(Interpreter):
         return self.run_node(nodes[-1])
 
     def run_node(self, n: Node) -> Any:
-        if n.target is torch.ops.aten.scaled_dot_product_attention.default:
+        if self.wide and n.target is torch.ops.aten.scaled_dot_product_attention.default:
             result = self._attention(n)
         else:
             result = super().run_node(n)

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..ir.block import PREDICTIONS, DynkFFN
-from .base import Context, Pass, PassResult, capture, expert_norms, trainable
+from .base import Context, Pass, PassResult, capture, expert_norms, row_scaled, trainable
 from .lift import blocks
 from .split import split
 
@@ -58,6 +58,8 @@ class Route(Pass):
         steps: Optimisation steps per router.
         batch: Rows per step.
         lr: Peak learning rate of Adam; decays linearly.
+        relative: Norms are learnt relative to their row's, as thresholds read them. It matters
+            where rows differ much in size, as in decoders.
         predicts: ``norms``, or ``activations``: the sum of an expert's, as a share of the largest
             sum (MoEfication, arXiv 2110.01786, section 3.3).
     """
@@ -68,6 +70,7 @@ class Route(Pass):
     batch: int = 1024
     lr: float = 3e-3
     predicts: str = "norms"
+    relative: bool = False
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Train the routers of ``gm``.
@@ -91,16 +94,17 @@ class Route(Pass):
                     block.router.up.weight.mul_(wanted.mean() / scores)
                 else:
                     wanted /= wanted.max().clamp_min(1e-12)
-                variance = wanted.var(0).mean().clamp_min(1e-12)
+                labels = row_scaled(wanted, wanted)[1] if self.relative else wanted
+                variance = labels.var(0).mean().clamp_min(1e-12)
             optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr, fused=True)
             loss = torch.tensor(0.0)
             with trainable(gm, list(block.router.parameters())):
                 for step in range(self.steps):
-                    rows = torch.randint(len(x), (min(self.batch, len(x)),), generator=generator)
+                    rows = self._draw(x, self.batch, generator)
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
                     if self.predicts == "norms":
-                        loss = F.mse_loss(block.router.score(x[rows]), wanted[rows]) / variance
+                        loss = self._error(block.router.score(x[rows]), wanted[rows]) / variance
                     else:
                         logits = block.router.predict(x[rows])
                         loss = F.binary_cross_entropy_with_logits(logits, wanted[rows])
@@ -108,12 +112,19 @@ class Route(Pass):
                     loss.backward()
                     optimizer.step()
             with torch.no_grad():
-                rows = torch.randint(len(x), (min(4096, len(x)),), generator=generator)
-                error = F.mse_loss(block.router.score(x[rows]), wanted[rows]) / variance
+                rows = self._draw(x, 4096, generator)
+                error = self._error(block.router.score(x[rows]), wanted[rows]) / variance
             unexplained[name] = error.item()
             context.progress(self.name, i + 1, len(blocks(gm)), f"{error:.3f} unexplained")
         assert all(math.isfinite(v) for v in unexplained.values())
         return PassResult(gm, True, {"unexplained variance": unexplained})
+
+    def _draw(self, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(x), (min(count, len(x)),), generator=generator)
+        return rows.to(x.device)
+
+    def _error(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        return F.mse_loss(*(row_scaled(scores, wanted) if self.relative else (scores, wanted)))
 
     def _labels(self, block: DynkFFN, x: Tensor) -> Tensor:
         h = block.hidden(x)

@@ -126,9 +126,9 @@ class Sparsify(Pass):
         alpha = self.alpha * min(1.0, 2 * fraction + 0.02)  # the paper's linear warm-up
         error = zeros = torch.tensor(0.0)
         for _ in range(self.epochs):
-            order = torch.randperm(len(x), generator=generator)
+            order = torch.randperm(len(x), generator=generator).to(x.device)
             for rows in order.split(self.batch):
-                with mixed_precision():
+                with mixed_precision(x.device):
                     pre = block.pre_activation(x[rows])
                     h = block.fire(pre, x[rows])
                     active = h if self.clamp is None else pre.clamp_min(self.clamp) - self.clamp

@@ -49,8 +49,8 @@ def balanced_kmeans(
     unit = unit[live]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(unit), generator=generator)
-    centroids = unit[order[: -(-len(unit) // capacity)]]
-    assigned = torch.full((len(unit),), -1, dtype=torch.int64)
+    centroids = unit[order[: -(-len(unit) // capacity)].to(unit.device)]
+    assigned = torch.full((len(unit),), -1, dtype=torch.int64, device=unit.device)
     for _ in range(iterations if len(unit) else 0):
         new = stable_assignment(unit @ centroids.T, capacity)
         if torch.equal(new, assigned):
@@ -59,9 +59,9 @@ def balanced_kmeans(
         sums = torch.zeros_like(centroids).index_add_(0, assigned, unit)
         centroids = torch.nn.functional.normalize(sums, dim=-1)
     room = capacity - torch.bincount(assigned, minlength=clusters)
-    result = torch.empty(n, dtype=torch.int64)
+    result = torch.empty(n, dtype=torch.int64, device=unit.device)
     result[live] = assigned
-    result[~live] = torch.arange(clusters).repeat_interleave(room)
+    result[~live] = torch.arange(clusters, device=unit.device).repeat_interleave(room)
     return result
 
 
@@ -85,18 +85,19 @@ def stable_assignment(affinity: Tensor, capacity: int) -> Tensor:
         order = order[choice[order].argsort(stable=True)]
         counts = torch.bincount(choice, minlength=clusters)
         starts = counts.cumsum(0) - counts
-        position = torch.arange(n) - starts[choice[order]]
+        position = torch.arange(n, device=order.device) - starts[choice[order]]
         refused = order[position >= capacity]
         if refused.numel() == 0:
             break
         if turn == ROUNDS - 1:
             room = (capacity - counts).clamp_min(0)
-            choice[refused] = torch.arange(clusters).repeat_interleave(room)[: len(refused)]
+            each = torch.arange(clusters, device=room.device)
+            choice[refused] = each.repeat_interleave(room)[: len(refused)]
             break
         wish[refused, choice[refused]] = -torch.inf
         # A centroid that is full of closer points will refuse; spare the round trip.
         full = counts >= capacity
-        worst = torch.full((clusters,), torch.inf)
+        worst = torch.full((clusters,), torch.inf, device=affinity.device)
         kept = order[position < capacity]
         worst.scatter_reduce_(0, choice[kept], closeness[kept], "amin")
         worst[~full] = -torch.inf
