@@ -1,4 +1,4 @@
-"""The command line; what serves models is in ``cli_cascade``."""
+"""The command line; ``cli_cascade`` serves models, ``cli_economics`` says what that costs."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .cli_cascade import cascade, economics, serve
+from .cli_cascade import cascade, serve
+from .cli_economics import economics
 from .ir.cost import cache_dir
 from .ir.errors import SkimpError
 

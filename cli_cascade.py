@@ -1,53 +1,22 @@
-"""The commands around serving: ``skimp cascade``, ``skimp economics`` and ``skimp serve``."""
+"""The commands around serving: ``skimp cascade`` and ``skimp serve``."""
 
 import asyncio
-import json
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .cli_console import AsJson, err, print_json, progress
+from .cli_console import out as console
 from .ir.errors import SkimpError
 
 cascade = typer.Typer(no_args_is_help=True, help="Choose the cheapest model that will do.")
-economics = typer.Typer(no_args_is_help=True, help="What serving costs, and where it is cheapest.")
-_out = Console()
-_err = Console(stderr=True)
 INFEASIBLE = 3
 """Exit status where no policy keeps the bound."""
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 ConfigFile = Annotated[Path | None, typer.Option(help="cascade.yaml, for members and prices.")]
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value))  # noqa: T201
-
-
-def _progress() -> tuple[Progress, Callable[[str, float, float], None]]:
-    """Bars on stderr; silent where that is not a terminal."""
-    bars = Progress(
-        TextColumn("{task.description:10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=_err,
-        disable=not _err.is_terminal,
-    )
-    tasks: dict[str, Any] = {}
-
-    def told(stage: str, done: float, total: float) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done)
-
-    return bars, told
 
 
 # -- cascade --------------------------------------------------------------------------------------
@@ -102,19 +71,19 @@ def calibrate(
     goal = Goal(budget, alpha, mode, delta, control, (rest, rest, held_out), seed)  # type: ignore[arg-type]
     found = run(table, goal)
     for warning in table.warnings:
-        _err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        err.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if isinstance(found, Infeasible):
         if as_json:
-            _print_json({"status": "infeasible"} | _fields(found))
+            print_json({"status": "infeasible"} | _fields(found))
         else:
-            _err.print(f"[yellow]infeasible:[/] {found.reason}", highlight=False)
+            err.print(f"[yellow]infeasible:[/] {found.reason}", highlight=False)
             if found.least_budget is not None:
-                _err.print(f"the least feasible budget is ${found.least_budget:.6g} per query")
+                err.print(f"the least feasible budget is ${found.least_budget:.6g} per query")
         raise typer.Exit(INFEASIBLE)
     record = policy_record(table, goal, found, extract, cost_frontier(table, goal))
     save_policy(record, out)
     if as_json:
-        _print_json({"status": "feasible", "file": str(out)} | record)
+        print_json({"status": "feasible", "file": str(out)} | record)
         return
     _show_policy(record, out)
 
@@ -154,7 +123,7 @@ def _show_policy(record: dict[str, Any], out: Path) -> None:
     for member, t in zip(record["members"], tau, strict=True):
         told = "never called" if t == "skip" else "always" if t == 0 else f"{t:.2f} agree"
         table.add_row(member["name"], str(member["samples"]), told)
-    _out.print(table)
+    console.print(table)
     held, evidence = record["held_out"], record["evidence"]
     lines = [
         f"P(cost > ${record['budget']:g}) <= {record['alpha']:g}, {record['mode']} mode; "
@@ -175,8 +144,8 @@ def _show_policy(record: dict[str, Any], out: Path) -> None:
             f"${held['mean_cost']:.6f} against ${held['mean_cost_of_strongest']:.6f} for the last"
         )
     for line in lines:
-        _out.print(line, highlight=False)
-    _out.print(f"Policy: {out}  (sha256 {record['sha256'][:16]})", highlight=False)
+        console.print(line, highlight=False)
+    console.print(f"Policy: {out}  (sha256 {record['sha256'][:16]})", highlight=False)
 
 
 @cascade.command(
@@ -186,7 +155,9 @@ def collect(
     config: Annotated[Path, typer.Argument(help="cascade.yaml.")],
     prompts: Annotated[Path, typer.Option(help="JSON lines with `prompt` or `messages`.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Traces.")] = Path("traces.jsonl"),
-    max_tokens: Annotated[int, typer.Option(help="Of a completion.")] = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Of a completion, instead of each member's own.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
     at_once: Annotated[int, typer.Option(help="Prompts under way.")] = 4,
     as_json: AsJson = False,
@@ -203,7 +174,7 @@ def collect(
         (build_entry(n, m, config.parent), MemberSpec(n, m.samples))
         for n, m in loaded.members.items()
     ]
-    bars, told = _progress()
+    bars, told = progress()
 
     async def work() -> int:
         try:
@@ -211,7 +182,7 @@ def collect(
                 read_prompts(prompts)[:limit],
                 members,
                 out,
-                request={"max_tokens": max_tokens},
+                request={} if max_tokens is None else {"max_tokens": max_tokens},
                 at_once=at_once,
                 progress=told,
             )
@@ -222,9 +193,9 @@ def collect(
     with bars:
         asked = asyncio.run(work())
     if as_json:
-        _print_json({"asked": asked, "file": str(out)})
+        print_json({"asked": asked, "file": str(out)})
     else:
-        _out.print(f"Asked {asked} prompts; traces: {out}")
+        console.print(f"Asked {asked} prompts; traces: {out}")
 
 
 @cascade.command(epilog="Example:  skimp cascade show policy.json")
@@ -236,171 +207,9 @@ def show(
 
     record = dict(load_policy(policy).record)
     if as_json:
-        _print_json(record)
+        print_json(record)
     else:
         _show_policy(record, policy)
-
-
-# -- economics ------------------------------------------------------------------------------------
-
-
-@economics.command(
-    epilog="Example:  skimp economics sweep --url http://127.0.0.1:8000/v1 --model m --hourly 0.79"
-)
-def sweep(
-    url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible server.")] = None,
-    model: Annotated[str, typer.Option(help="The name it knows the model by.")] = "default",
-    key_env: Annotated[str | None, typer.Option(help="Environment variable with a key.")] = None,
-    local: Annotated[
-        str | None, typer.Option(help="Or a model in this process: 'smollm2' or a folder.")
-    ] = None,
-    tau: Annotated[float | None, typer.Option(help="Of a converted local model.")] = None,
-    concurrency: Annotated[str, typer.Option(help="Levels.")] = "1,2,4,8",
-    requests: Annotated[int, typer.Option(help="Per level, and at least the level.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Of a completion.")] = 64,
-    hourly: Annotated[float | None, typer.Option(help="US dollars per hour, if rented.")] = None,
-    price: Annotated[float, typer.Option(help="Purchase price, US dollars, if owned.")] = 2000,
-    years: Annotated[float, typer.Option(help="Until it is written off.")] = 4,
-    utilisation: Annotated[float, typer.Option(help="Share of the time that it works.")] = 0.5,
-    kw: Annotated[float, typer.Option(help="Kilowatts at work.")] = 0.15,
-    pue: Annotated[float, typer.Option(help="Power usage effectiveness.")] = 1.3,
-    kwh: Annotated[float, typer.Option(help="US dollars per kilowatt-hour.")] = 0.12,
-    maintenance: Annotated[float, typer.Option(help="Per year, share of the price.")] = 0.05,
-    slo: Annotated[float, typer.Option(help="Most seconds to the first token.")] = math.inf,
-    out: Annotated[Path, typer.Option("-o", "--out", help="JSON; .html beside it.")] = Path(
-        "sweep.json"
-    ),
-    as_json: AsJson = False,
-) -> None:
-    """Load a server at rising concurrency; an interrupted sweep goes on where it was."""
-    from .ir.cost import write_atomically
-    from .runtime import economics as eco
-    from .runtime.cascade.config import secret
-    from .runtime.economics_report import write_page
-    from .runtime.loadtest import sweep as run
-
-    machine = None
-    if hourly is None:
-        machine = eco.Machine(price, years, utilisation, kw, pue, kwh, maintenance)
-    rate = machine.hourly if machine is not None else float(hourly or 0)
-    wanted = _levels(concurrency)
-    member: Any
-    if local is not None:
-        from .runtime.cascade.local import LocalModel
-
-        member, name = LocalModel.load(local, tau=tau), local
-    elif url is not None:
-        from .runtime.cascade.endpoint import Endpoint
-
-        key = secret(key_env, "--key-env") if key_env else None
-        member, name = Endpoint(url, model, key=key), model
-    else:
-        raise SkimpError("give --url or --local: what to load")
-    levels = eco.read_sweep(out)[1] if out.exists() else []
-    left = [n for n in wanted if n not in {v.concurrency for v in levels}]
-    bars, told = _progress()
-
-    def keep(level: eco.Level) -> None:
-        levels.append(level)
-        record = eco.sweep_record(name, levels, rate, machine)
-        write_atomically(out, json.dumps(record, indent=1).encode())
-
-    async def work() -> None:
-        try:
-            await run(
-                member, left, requests=requests, max_tokens=max_tokens, progress=told, each=keep
-            )
-        finally:
-            await member.close()
-
-    if left:
-        with bars:
-            asyncio.run(work())
-    record = eco.sweep_record(name, levels, rate, machine)
-    rows = eco.curves(levels, rate)
-    allowed = eco.zone(rows, slo=slo)
-    record |= {"zone": allowed, "slo": slo if math.isfinite(slo) else None}
-    write_atomically(out, json.dumps(record, indent=1).encode())
-    page = write_page(out.with_suffix(".html"), sweeps=[record])
-    if as_json:
-        _print_json(record)
-        return
-    _show_curves(rows, allowed)
-    told_price = eco.measured_price(out)
-    _out.print(
-        f"${rate:.4f} per hour; at its cheapest ${told_price.input:.4f} per million prompt tokens, "
-        f"${told_price.output:.4f} per million completion tokens",
-        highlight=False,
-    )
-    if machine is not None:
-        ifs = ((u, eco.Machine(price, years, u, kw, pue, kwh, maintenance)) for u in (0.3, 0.9))
-        told_rates = ", ".join(f"${m.hourly:.4f} at {u:g}" for u, m in ifs)
-        _out.print(f"by utilisation: {told_rates}", highlight=False)
-    _out.print(f"Report: {page}")
-
-
-def _levels(text: str) -> list[int]:
-    try:
-        found = sorted({int(n) for n in text.split(",")})
-    except ValueError:
-        found = [0]
-    if found[0] < 1 or found[-1] > 1024:
-        raise SkimpError(f"--concurrency: {text!r} is not a list of numbers from 1 to 1024")
-    return found
-
-
-def _show_curves(rows: list[dict[str, Any]], allowed: list[int]) -> None:
-    table = Table("n", "req/s", "tokens/s", "TTFT, s", "$ / request", "marginal", "elasticity", "")
-    for r in rows:
-        low, high = r["ttft_interval"]
-        table.add_row(
-            str(r["concurrency"]),
-            f"{r['rate']:.2f}",
-            f"{r['tokens_per_second']:.1f}",
-            f"{r['ttft']:.3f} ({low:.3f}-{high:.3f})",
-            f"{r['average_cost']:.3g}",
-            "" if r["marginal_cost"] is None else f"{r['marginal_cost']:.3g}",
-            "" if r["elasticity"] is None else f"{r['elasticity']:.2f}",
-            "zone" if r["concurrency"] in allowed else "",
-        )
-    _out.print(table)
-
-
-@economics.command(epilog="Example:  skimp economics frontier models.json -o frontier.html")
-def frontier(
-    points: Annotated[
-        Path, typer.Argument(help="JSON list of {name, cost, quality, latency (optional)}.")
-    ],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="An HTML report.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show which models no other dominates in cost, quality and latency."""
-    from .runtime import economics as eco
-    from .runtime.economics_report import write_page
-
-    try:
-        rows = json.loads(points.read_text())
-        cost = [float(r["cost"]) for r in rows]
-        quality = [float(r["quality"]) for r in rows]
-        latency = [float(r["latency"]) for r in rows] if all("latency" in r for r in rows) else None
-        names = [str(r["name"]) for r in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SkimpError(f"{points} is no list of name, cost and quality: {error!r}") from error
-    if not rows:
-        raise SkimpError(f"{points} holds no points")
-    kept = eco.frontier(cost, quality, latency)
-    found = [r | {"frontier": bool(k)} for r, k in zip(rows, kept, strict=True)]
-    if out is not None:
-        write_page(out, points=found)
-    if as_json:
-        _print_json(found)
-        return
-    table = Table("model", "cost", "quality", "latency", "")
-    for i, name in enumerate(names):
-        told = "" if latency is None else f"{latency[i]:g}"
-        mark = "frontier" if kept[i] else ""
-        table.add_row(name, f"{cost[i]:.4g}", f"{quality[i]:.4g}", told, mark)
-    _out.print(table)
 
 
 # -- serve ----------------------------------------------------------------------------------------
@@ -430,7 +239,7 @@ def serve(
     if demo:
         from .runtime.cascade.demo import demo_gateway
 
-        bars, told = _progress()
+        bars, told = progress()
         with bars:
             loaded, gateway = demo_gateway(told)
     else:
@@ -444,5 +253,5 @@ def serve(
             "could spend your money. Configure callers, or say --insecure"
         )
     number = loaded.server.port if port is None else port
-    _err.print(f"skimp serves {', '.join(gateway.policies)} at http://{where}:{number}/")
+    err.print(f"skimp serves {', '.join(gateway.policies)} at http://{where}:{number}/")
     sys.exit(run(gateway, loaded, where, number))

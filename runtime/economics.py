@@ -19,6 +19,7 @@ from ..ir.errors import SkimpError
 from .cascade.price import Price
 
 HOURS_PER_YEAR = 8760
+VERSION = 2
 
 
 class EconomicsError(SkimpError):
@@ -224,13 +225,25 @@ def frontier(
 
 
 def sweep_record(
-    name: str, levels: Sequence[Level], hourly: float, machine: Machine | None = None
+    source: Mapping[str, Any],
+    levels: Sequence[Level],
+    hourly: float,
+    machine: Machine | None = None,
 ) -> dict[str, Any]:
-    """A sweep as JSON."""
+    """A sweep as JSON.
+
+    Args:
+        source: What was loaded, and how: ``model``, ``url``, ``tau``, ``max_tokens``. Sweeps of
+            different sources are not put together unless asked to.
+        levels: What was measured.
+        hourly: US dollars per hour.
+        machine: Where that comes from, if it is owned.
+    """
     record: dict[str, Any] = {
         "format": "skimp-sweep",
-        "version": 1,
-        "name": name,
+        "version": VERSION,
+        "name": str(source["model"]),
+        "source": dict(source),
         "hourly": hourly,
         "machine": None if machine is None else asdict(machine) | {"terms": machine.terms()},
         "levels": [asdict(v) for v in levels],
@@ -248,8 +261,8 @@ def read_sweep(path: Path) -> tuple[dict[str, Any], list[Level]]:
     """
     try:
         record = json.loads(path.read_text())
-        if record.get("format") != "skimp-sweep" or record.get("version") != 1:
-            raise EconomicsError(f"{path} is no sweep of version 1")
+        if record.get("format") != "skimp-sweep" or record.get("version") != VERSION:
+            raise EconomicsError(f"{path} is no sweep of version {VERSION}; measure again")
         levels = [
             Level(**{**row, "ttft": tuple(row["ttft"]), "seconds": tuple(row["seconds"])})
             for row in record["levels"]
@@ -257,6 +270,77 @@ def read_sweep(path: Path) -> tuple[dict[str, Any], list[Level]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EconomicsError(f"{path} cannot be read as a sweep: {error}") from error
     return record, levels
+
+
+def read_points(
+    paths: Sequence[Path], quality: Mapping[str, float] | None = None, *, mix: bool = False
+) -> list[dict[str, Any]]:
+    """The points of a frontier, from lists of models and from sweeps.
+
+    Args:
+        paths: Each a JSON list of ``{name, cost, quality, latency (optional)}``, or a sweep, whose
+            levels are a point each: US dollars and seconds per request.
+        quality: Of swept models, by name.
+        mix: Compare sweeps of different models though nothing says how good they are.
+
+    Raises:
+        EconomicsError: A file is neither; or sweeps of different sources, without their quality.
+    """
+    known = quality or {}
+    points: list[dict[str, Any]] = []
+    swept: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        found = _points_in(path, known, swept)
+        if not found:
+            raise EconomicsError(f"{path} holds no points")
+        points += found
+    if missing := known.keys() - {str(s["model"]) for s in swept.values()}:
+        raise EconomicsError(f"quality of {', '.join(missing)}, which no sweep is of")
+    judged = ["quality" in p for p in points]
+    if all(judged) or (len(swept) == 1 and not any(judged)):
+        return points
+    told = "; ".join(f"{path}: {_told(source)}" for path, source in swept.items())
+    if any(judged):
+        raise EconomicsError(f"some points have a quality and some have none; give it for: {told}")
+    if not mix and len({json.dumps(s, sort_keys=True) for s in swept.values()}) > 1:
+        raise EconomicsError(
+            f"these are sweeps of different things ({told}), and the cheaper of two models wins "
+            "where nothing says how good they are: give --quality MODEL=VALUE for each, or --mix"
+        )
+    return points
+
+
+def _points_in(
+    path: Path, known: Mapping[str, float], swept: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    try:
+        read = json.loads(path.read_text())
+        if isinstance(read, dict):
+            record, levels = read_sweep(path)
+            swept[str(path)] = record["source"]
+            name = str(record["source"]["model"])
+            return [
+                {
+                    "name": f"{name}, n = {row['concurrency']}",
+                    "cost": row["average_cost"],
+                    "latency": row["seconds"],
+                }
+                | ({"quality": known[name]} if name in known else {})
+                for row in curves(levels, float(record["hourly"]))
+            ]
+        return [
+            {**r, "name": str(r["name"]), "cost": float(r["cost"]), "quality": float(r["quality"])}
+            | ({"latency": float(r["latency"])} if "latency" in r else {})
+            for r in read
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EconomicsError(
+            f"{path} is neither a sweep nor a list of name, cost and quality: {error!r}"
+        ) from error
+
+
+def _told(source: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in source.items() if v is not None)
 
 
 def measured_price(path: Path, concurrency: int | None = None) -> Price:

@@ -25,10 +25,10 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     held = {n for n in names if ".dist-info/" not in n}
-    kinds = (".py", ".h", ".cpp", ".html")
+    kinds = (".py", ".h", ".cpp", ".html", ".jsonl")
     files = [p for r in ROOMS for p in (ROOT / r).rglob("*") if p.suffix in kinds]
     files += [
-        ROOT / n for n in ("__init__.py", "__main__.py", "cli.py", "cli_cascade.py", "py.typed")
+        p for n in ("__init__.py", "__main__.py", "cli*.py", "py.typed") for p in ROOT.glob(n)
     ]
     assert held == {f"skimp/{p.relative_to(ROOT)}" for p in files if "__pycache__" not in p.parts}
 

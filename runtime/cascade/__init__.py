@@ -3,7 +3,8 @@
     traces     what every member answered, recorded
     calibrate  thresholds from traces, without labels, under a bound on cost
     policy     who answers a request; may be changed while the server runs
-    gateway    asks the policy, calls members, accounts for every call
+    gateway    asks the policy, and calls members until there is an answer
+    accounts   reserves before a call, settles after it, watches for drift
     ledger     attempts, requests and budgets on disk
     server     the HTTP face
     drift      whether traffic is still what it was

@@ -4,10 +4,12 @@ import hashlib
 from pathlib import Path
 
 from .config import Config, ConfigError, MemberConfig, price_of, secret
-from .gateway import Entry, Gateway
-from .ledger import Budget, Ledger
+from .gateway import Gateway
+from .ledger import Ledger
 from .member import Member
 from .policy import Policy, Single, load_policy
+from .rows import Budget
+from .trip import Entry
 
 
 def build_gateway(config: Config, folder: Path = Path()) -> Gateway:

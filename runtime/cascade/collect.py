@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.errors import CalibrationError
-from .gateway import Entry
 from .member import MemberError, choice_message
 from .traces import MemberSpec
+from .trip import Entry
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ async def collect(
         prompts: What :func:`read_prompts` gave.
         members: With how many samples each draws.
         out: A line is added when a prompt is done, so an interruption loses one prompt at most.
-        request: Fields of the requests, ``max_tokens`` for example.
+        request: Fields of the requests; ``max_tokens`` is the member's own if not among them.
         at_once: Prompts under way.
         progress: Told how far it has come.
 
@@ -71,7 +71,8 @@ async def collect(
             for prompt in waiting:
                 line: dict[str, Any] = {"id": prompt["id"], "members": {}}
                 for entry, spec in members:
-                    body = {**(request or {}), "messages": prompt["messages"]}
+                    limit = {"max_tokens": entry.max_tokens}
+                    body = {**limit, **(request or {}), "messages": prompt["messages"]}
                     line["members"][spec.name] = {"samples": await _samples(entry, spec, body)}
                 async with lock:
                     file.write(json.dumps(line) + "\n")
@@ -96,16 +97,18 @@ async def _samples(entry: Entry, spec: MemberSpec, body: dict[str, Any]) -> list
         except MemberError as error:
             found += [{"error": error.kind, "cost": 0.0}] * n
             continue
-        usage = reply.usage or {}
-        cost = entry.price.of_usage(usage)
-        for choice in reply.body["choices"][:n]:  # the call's cost in equal parts
+        usage, choices = reply.usage or {}, reply.body["choices"][:n]
+        prompt = int(usage.get("prompt_tokens", 0))
+        each, rest = divmod(int(usage.get("completion_tokens", 0)), len(choices))
+        for i, choice in enumerate(choices):  # what the call used adds up over its samples
             content = choice_message(choice).get("content")
+            tokens = prompt if i == 0 else 0, each + (i < rest)
             found.append(
                 {
                     "text": content if isinstance(content, str) else json.dumps(content),
-                    "cost": cost / len(reply.body["choices"]),
-                    "prompt_tokens": int(usage.get("prompt_tokens", 0)),
-                    "completion_tokens": int(usage.get("completion_tokens", 0)),
+                    "prompt_tokens": tokens[0],
+                    "completion_tokens": tokens[1],
+                    "cost": entry.price.of(*tokens),
                 }
             )
     return found + [{"error": "missing", "cost": 0.0}] * (spec.samples - len(found))

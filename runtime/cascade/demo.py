@@ -7,7 +7,6 @@ model; a converted one can take the place of ``quick`` in a configuration file (
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...ir.cost import cache_dir
@@ -15,11 +14,12 @@ from ..economics import Machine, token_price
 from ..loadtest import sweep
 from ..models import DECODER, load_pretrained
 from .config import Config, parse_config
-from .gateway import Entry, Gateway
+from .gateway import Gateway
 from .ledger import Ledger
-from .local import LocalModel
+from .local import LocalModel, Weights
 from .policy import Cascade, Policy, Single
 from .traces import MemberSpec
+from .trip import Entry
 
 VOTES = 3
 
@@ -39,12 +39,10 @@ def demo_gateway(
     told("load", 0, 2)
     loaded = load_pretrained(DECODER)
     told("load", 1, 2)
-    worker = ThreadPoolExecutor(1, thread_name_prefix="skimp-demo")
+    weights = Weights(loaded.model, loaded.tokenizer)
 
     def member(name: str, max_tokens: int) -> LocalModel:
-        return LocalModel(
-            name, loaded.model, loaded.tokenizer, max_tokens=max_tokens, worker=worker
-        )
+        return LocalModel(name, weights, max_tokens=max_tokens)
 
     quick, careful = member("quick", 48), member("careful", 256)
     machine = Machine(price=600, years=4, utilisation=0.3, kw=0.05)

@@ -1,6 +1,8 @@
 """A member in this process: a causal language model, dense or converted.
 
-One thread generates, so requests queue; the samples of one request are one batch.
+One thread generates, so requests queue; the samples of one request are one batch. Members that
+name the same model share its weights and that thread, each with its own tau: dense and sparse are
+two members of one model in memory.
 """
 
 import asyncio
@@ -10,27 +12,55 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ...ir.errors import SkimpError
+from ...passes.budget import set_tau
+from ...passes.lift import blocks
 from ..models import DECODER, load_pretrained
 from .member import Chunk, Kind, MemberError, Reply
 
 MOST_TOKENS = 8192
 
 
+class Weights:
+    """A Hugging Face causal language model in memory, and the thread that runs it.
+
+    Args:
+        model: With ``generate``; dense or converted.
+        tokenizer: Its tokenizer; chats need its chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="skimp-local")
+        self.taus = {name: float(block.tau) for name, block in blocks(model).items()}
+        self.members = 0
+
+    def turn(self, tau: float | None) -> None:
+        """Set the threshold of all blocks, or what they were saved with; in the thread."""
+        if self.taus:
+            set_tau(self.model, self.taus if tau is None else tau)
+
+
+_LOADED: WeakValueDictionary[str, Weights] = WeakValueDictionary()
+
+
 class LocalModel:
-    """A Hugging Face causal language model as a member.
+    """A model in memory as a member.
 
     Args:
         name: Shown as ``model`` in replies.
-        model: It, with ``generate``.
-        tokenizer: Its tokenizer; chats need its chat template.
+        weights: What it runs on; other members may run on them too.
+        tau: Threshold of a converted model; as it was saved if ``None``.
         defaults: Fields for requests that do not have them.
         max_tokens: For requests that set no limit.
-        worker: The thread that generates; members that share a model share it.
+
+    Raises:
+        SkimpError: A tau outside [0, 1], or for a model without dynamic-k blocks.
     """
 
     batches = True
@@ -38,17 +68,21 @@ class LocalModel:
     def __init__(
         self,
         name: str,
-        model: Any,
-        tokenizer: Any,
+        weights: Weights,
         *,
+        tau: float | None = None,
         defaults: Mapping[str, Any] | None = None,
         max_tokens: int = 256,
-        worker: ThreadPoolExecutor | None = None,
     ) -> None:
-        self.name, self.model, self.tokenizer = name, model, tokenizer
+        if tau is not None and not weights.taus:
+            raise SkimpError(f"{name} is not converted, so it has no tau: leave it out")
+        if tau is not None and not 0 <= tau <= 1:
+            raise SkimpError(f"{name}: tau {tau} is outside [0, 1]")
+        self.name, self.weights, self.tau = name, weights, tau
+        self.model, self.tokenizer = weights.model, weights.tokenizer
         self.defaults = dict(defaults or {})
         self.max_tokens = max_tokens
-        self._worker = worker or ThreadPoolExecutor(1, thread_name_prefix=f"skimp-{name}")
+        weights.members += 1
 
     @classmethod
     def load(
@@ -61,19 +95,22 @@ class LocalModel:
     ) -> "LocalModel":
         """Load ``smollm2``, a folder that ``skimp.save_pretrained`` wrote, or a model on the hub.
 
+        Members with the same ``name`` share one copy of it.
+
         Raises:
             SkimpError: It cannot be loaded; says why.
         """
-        model, tokenizer = _load(name)
-        if tau is not None:
-            from ...passes.budget import set_tau
-
-            set_tau(model, tau)
-        return cls(name, model, tokenizer, defaults=defaults, max_tokens=max_tokens)
+        weights = _LOADED.get(name)
+        if weights is None:
+            weights = _LOADED[name] = Weights(*_load(name))
+        return cls(name, weights, tau=tau, defaults=defaults, max_tokens=max_tokens)
 
     async def close(self) -> None:
-        """Stop the thread; what it is generating is not waited for."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        """Stop the thread with its last member; what it is generating is not waited for."""
+        self.weights.members -= 1
+        if self.weights.members == 0:
+            _LOADED.pop(self.name, None)
+            self.weights.worker.shutdown(wait=False, cancel_futures=True)
 
     async def complete(self, kind: Kind, request: Mapping[str, Any]) -> Reply:
         """Generate ``n`` samples."""
@@ -105,7 +142,7 @@ class LocalModel:
             task.cancel()
 
     async def _run(self, job: "_Job") -> list[str]:
-        future = asyncio.get_running_loop().run_in_executor(self._worker, job.run)
+        future = asyncio.get_running_loop().run_in_executor(self.weights.worker, job.run)
         try:
             return await future
         except asyncio.CancelledError:
@@ -129,9 +166,22 @@ class _Job:
         self.stop = Event()
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        self.ended = False
+        self.finishes: list[str] = []
         self.id = f"skimp-{uuid.uuid4().hex[:24]}"
+        self.temperature = self._number("temperature", 0.0, 0.0, 10.0)
+        self.top_p = self._number("top_p", 1.0, 1e-6, 1.0)
+        self.n = int(self._number("n", 1, 1, 128))
         self.ids = self._encode()
+
+    def _number(self, name: str, default: float, least: float, most: float) -> float:
+        value = self.request.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _bad(f"`{name}` is not a number")
+        if not least <= value <= most:
+            raise _bad(f"`{name}` is {value:g}; it lies in [{least:g}, {most:g}]")
+        return value
 
     def _encode(self) -> Tensor:
         request, tokenizer = self.request, self.member.tokenizer
@@ -166,34 +216,31 @@ class _Job:
         request, tokenizer = self.request, self.member.tokenizer
         limit = request.get("max_completion_tokens") or request.get("max_tokens")
         limit = limit if isinstance(limit, int) and limit > 0 else self.member.max_tokens
-        temperature = float(request.get("temperature") or 0.0)
-        n = int(request.get("n") or 1)
         options: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            options = dict(
-                do_sample=True, temperature=temperature, top_p=float(request.get("top_p") or 1.0)
-            )
+        if self.temperature > 0:
+            options = dict(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
         if isinstance(seed := request.get("seed"), int):
             torch.manual_seed(seed)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.member.weights.turn(self.member.tau)
         with torch.inference_mode():
             out = self.member.model.generate(
-                self.ids.repeat(n, 1),
-                attention_mask=torch.ones_like(self.ids).repeat(n, 1),
+                self.ids.repeat(self.n, 1),
+                attention_mask=torch.ones_like(self.ids).repeat(self.n, 1),
                 max_new_tokens=min(limit, self.room, MOST_TOKENS),
                 pad_token_id=pad,
                 stopping_criteria=[self._look],
-                top_k=0 if temperature > 0 else None,
                 **options,
             )
         texts = []
         end = self._ends()
         for row in out[:, self.prompt_tokens :].tolist():
             stops = [i for i, t in enumerate(row) if t in end]
-            self.ended |= bool(stops)
             row = row[: stops[0]] if stops else row
             self.completion_tokens += len(row) + bool(stops)
-            texts.append(self._cut(tokenizer.decode(row, skip_special_tokens=True))[0])
+            text, cut = self._cut(tokenizer.decode(row, skip_special_tokens=True))
+            texts.append(text)
+            self.finishes.append("stop" if stops or cut else "length")
         if self.put is not None:
             self._emit(texts[0])
         return texts
@@ -253,7 +300,7 @@ class _Job:
 
     def choice(self, index: int, text: str) -> dict[str, Any]:
         """A sample."""
-        finish = "stop" if self.ended or self._stops() else "length"
+        finish = self.finishes[index]
         if self.kind == "completions":
             return {"index": index, "text": text, "finish_reason": finish}
         message = {"role": "assistant", "content": text}
@@ -261,7 +308,7 @@ class _Job:
 
     def delta(self, text: str | None) -> dict[str, Any]:
         """A piece of the sample, or its end."""
-        finish = None if text is not None else ("stop" if self.ended else "length")
+        finish = self.finishes[0] if text is None else None
         if self.kind == "completions":
             return {"index": 0, "text": text or "", "finish_reason": finish}
         delta = {} if text is None else {"role": "assistant", "content": text}

@@ -277,6 +277,11 @@ def load_policy(path: Path, name: str = "cascade") -> Cascade:
         raise ArtefactError(
             f"{path} was changed after calibration: its hash does not fit. Calibrate again"
         )
+    return cascade_of(record, name)
+
+
+def cascade_of(record: Mapping[str, Any], name: str = "cascade") -> Cascade:
+    """The policy that a record of :func:`policy_record` describes."""
     return Cascade(
         tuple(MemberSpec(str(m["name"]), int(m["samples"])) for m in record["members"]),
         tuple(SKIP if t == "skip" else float(t) for t in record["thresholds"]),

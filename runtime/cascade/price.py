@@ -1,8 +1,11 @@
-"""What tokens cost."""
+"""What tokens cost, and how many a request can have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+IMAGE_TOKENS = 2000
+"""Reserved for an image, whose bytes say little of its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +27,18 @@ class Price:
     def of_usage(self, usage: Mapping[str, Any]) -> float:
         """US dollars of a call from an OpenAI ``usage`` object."""
         return self.of(int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+
+
+def most_prompt_tokens(request: Mapping[str, Any]) -> int:
+    """No fewer tokens than the prompt can have: a token is a byte at least, and images are few."""
+    return 64 + sum(_bytes(request.get(k)) for k in ("messages", "prompt", "tools", "functions"))
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return IMAGE_TOKENS if value.startswith("data:") else len(value.encode()) + 4
+    if isinstance(value, dict):
+        return sum(len(str(k)) + _bytes(v) for k, v in value.items()) + 4
+    if isinstance(value, list):
+        return sum(map(_bytes, value))
+    return 8

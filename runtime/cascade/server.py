@@ -12,37 +12,24 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
 
 from ...ir.errors import SkimpError
 from .build import caller_budgets, caller_keys
 from .config import Config
-from .gateway import Answer, Gateway, Query, UnavailableError
-from .ledger import BudgetExceededError, LedgerError
+from .gateway import Gateway
 from .member import Kind
 from .policy import Policy, Single
+from .refused import Refused, unavailable
+from .rows import BudgetExceededError, LedgerError
+from .sse import Events, unless_gone
 from .stats import summary
+from .trip import Query, UnavailableError
 
 log = logging.getLogger("skimp.serve")
 PAGE = Path(__file__).with_name("page.html")
 _CSP = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
-
-
-class Refused(Exception):
-    """An error that a caller sees, in OpenAI's form."""
-
-    def __init__(
-        self, status: int, message: str, code: str, kind: str = "invalid_request_error"
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.kind = status, message, code, kind
-
-    def response(self, headers: dict[str, str] | None = None) -> Response:
-        """As a response."""
-        error = {"message": self.message, "type": self.kind, "param": None, "code": self.code}
-        return JSONResponse({"error": error}, self.status, headers)
 
 
 def create_app(gateway: Gateway, config: Config) -> FastAPI:
@@ -252,14 +239,14 @@ class _Face:
             if self.config.server.log_prompts:
                 facts["prompt"] = body.get("messages") or body.get("prompt")
             query = Query(kind, body, caller, self.budgets[caller])
-            answer = await _unless_gone(request, self.gateway.answer(query, policy))
+            answer = await unless_gone(request, self.gateway.answer(query, policy))
             if answer is None:
                 facts["status"] = 499
                 return Response(status_code=499)
             facts |= {"status": 200, **{k[2:]: v for k, v in answer.headers.items()}}
             if answer.stream is not None:
                 streaming = True
-                return _Relay(answer, self._done)
+                return Events(answer, self._done)
             raw = json.dumps(answer.body, separators=(",", ":"), ensure_ascii=False).encode()
             return Response(raw, media_type="application/json", headers=answer.headers)
         except Refused as refused:
@@ -273,7 +260,7 @@ class _Face:
             log.error(json.dumps({"event": "ledger", "error": str(error)}))
             return Refused(503, "the ledger cannot be written", "ledger", "server_error").response()
         except UnavailableError as error:
-            response, code = _unavailable(error)
+            response, code = unavailable(error)
             facts |= {"status": response.status_code, "code": code}
             return response
         finally:
@@ -288,8 +275,8 @@ class _Face:
         self.gateway.metrics.in_flight.set(self.in_flight)
 
     def _raise_alarms(self) -> None:
-        while self.gateway.alarms:
-            policy, alarm = self.gateway.alarms.pop(0)
+        while self.gateway.accounts.alarms:
+            policy, alarm = self.gateway.accounts.alarms.pop(0)
             self.gateway.metrics.alarms.labels(policy).inc()
             log.warning(json.dumps({"event": "drift", "policy": policy, "alarm": alarm}))
 
@@ -319,7 +306,7 @@ class _Face:
 
     def _describe(self, name: str, policy: Policy) -> dict[str, Any]:
         record = getattr(policy, "record", {})
-        drift = self.gateway.drift_of(policy)
+        drift = self.gateway.accounts.drift_of(policy)
         told: dict[str, Any] = {
             "name": name,
             "digest": policy.digest,
@@ -348,85 +335,3 @@ class _Face:
                 "alarms": drift.alarms,
             }
         return told
-
-
-class _Relay(Response):
-    """Server-sent events. A caller who goes away ends the member's work at once."""
-
-    def __init__(self, answer: Answer, done: Any) -> None:
-        super().__init__(
-            headers={**answer.headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
-            media_type="text/event-stream",
-        )
-        del self.headers["content-length"]
-        self._stream, self._report, self._done = answer.stream, answer.report, done
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the stream or the caller ends."""
-        body = asyncio.create_task(self._send(send))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({body, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (body, gone):
-                task.cancel()
-            await asyncio.gather(body, gone, return_exceptions=True)
-            self._done()
-
-    async def _send(self, send: Send) -> None:
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        assert self._stream is not None
-        stream: Any = self._stream
-        async with contextlib.aclosing(stream):
-            started = False
-            async for data in stream:
-                if not started:
-                    await send(head)
-                    started = True
-                await send(_part(b"data: " + data + b"\n\n"))
-            if not started:
-                await send(head)
-        if self._report is not None:  # as a comment, which clients of OpenAI's API skip
-            await send(_part(b": skimp " + json.dumps(self._report()).encode() + b"\n\n"))
-        await send(_part(b"data: [DONE]\n\n", more=False))
-
-
-def _part(data: bytes, *, more: bool = True) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": data, "more_body": more}
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless_gone(request: Request, work: Any) -> Answer | None:
-    """Do the work, unless the caller hangs up before it is done; then stop it."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            answer: Answer = task.result()
-            return answer
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return None
-    finally:
-        task.cancel()  # nothing happens to one that is done
-        gone.cancel()
-
-
-def _unavailable(error: UnavailableError) -> tuple[Response, str]:
-    """What a caller sees when nobody answered: the member's own refusal, if that was it."""
-    cause = error.cause
-    if cause is None:
-        return Refused(504, str(error), "timeout", "server_error").response(), "timeout"
-    if cause.status is not None and not cause.passing and isinstance(cause.body, dict):
-        return JSONResponse(cause.body, cause.status), cause.kind
-    if cause.status == 429:
-        status, text = 429, "every member is out of capacity"
-    else:
-        status = 504 if cause.kind == "timeout" else 502
-        text = f"no member answered; the last: {cause.message}"
-    return Refused(status, text, cause.kind, "server_error").response(), cause.kind

@@ -5,7 +5,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from .ledger import Ledger, attempts, budgets, requests
+from .ledger import Ledger
+from .rows import attempts, budgets, requests
 
 BUCKETS = 48
 

@@ -5,9 +5,9 @@ One JSON object per line, one line per query::
     {"id": "q1", "members": {"small": {"samples": [{"text": "... 18", "prompt_tokens": 90,
      "completion_tokens": 40}, ...]}, "large": {...}}}
 
-A sample has a ``text`` or an ``answer``. What it cost is its ``cost`` in US dollars, or its tokens
-at the member's price. A failed sample has an ``error``, no answer, and a cost all the same. Other
-keys are not read: a gold label cannot leak into a policy.
+A sample has a ``text`` or an ``answer``. What it cost is its tokens at the member's price, where
+one is given, or its ``cost`` in US dollars. A failed sample has an ``error``, no answer, and a cost
+all the same. Other keys are not read: a gold label cannot leak into a policy.
 """
 
 import hashlib
@@ -196,12 +196,12 @@ def _answer(sample: Mapping[str, Any], find: Any, where: str) -> str | None:
 
 
 def _cost(sample: Mapping[str, Any], member: MemberSpec, where: str) -> float:
-    if "cost" in sample:
-        value = float(sample["cost"])
-    elif member.price is not None and "completion_tokens" in sample:
+    if member.price is not None and "completion_tokens" in sample:
         value = member.price.of(
             int(sample.get("prompt_tokens", 0)), int(sample["completion_tokens"])
         )
+    elif "cost" in sample:
+        value = float(sample["cost"])
     else:
         raise CalibrationError(
             f"{where}: a sample without `cost`, and without tokens and a price; a failed call "

@@ -67,10 +67,10 @@ class Running:
 
     def rows(self, table):
         import sqlalchemy as sa
-        from skimp.runtime.cascade import ledger
+        from skimp.runtime.cascade import rows
 
         with self.gateway.ledger.reader.connect() as connection:
-            query = sa.select(getattr(ledger, table))
+            query = sa.select(getattr(rows, table))
             return [dict(r) for r in connection.execute(query).mappings()]
 
     def wait(self, condition, seconds=10):

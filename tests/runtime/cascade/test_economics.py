@@ -233,3 +233,47 @@ def test_the_sweep_command_its_report_and_the_price_it_gives(provider, tmp_path)
     with pytest.raises(eco.EconomicsError):
         eco.read_sweep(tmp_path / "bad.json")
     assert math.isfinite(record["hourly"])
+
+
+def sweep_file(path, model, url, saturation):
+    source = {"model": model, "url": url, "tau": None, "max_tokens": 64}
+    path.write_text(json.dumps(eco.sweep_record(source, by_law([1, 4, 16], saturation), 1.0)))
+    return str(path)
+
+
+def test_sweeps_of_different_models_are_not_mixed_unasked(tmp_path):
+    here, there = "http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"
+    small = sweep_file(tmp_path / "a.json", "small", here, 16)
+    again = sweep_file(tmp_path / "b.json", "small", here, 4)
+    large = sweep_file(tmp_path / "c.json", "large", here, 4)
+    moved = sweep_file(tmp_path / "d.json", "small", there, 4)
+
+    def run(*args):
+        done = CliRunner().invoke(app, ["economics", "frontier", "--json", *args])
+        return json.loads(done.stdout) if done.exit_code == 0 else str(done.exception)
+
+    one = {p["name"]: p["frontier"] for p in run(small)}
+    assert one == {"small, n = 1": False, "small, n = 4": False, "small, n = 16": True}
+    assert len(run(small, again)) == 6  # one model, measured twice
+    for other in (large, moved):
+        assert "sweeps of different things" in run(small, other)
+    assert len(run(small, large, "--mix")) == 6
+    judged = run(small, large, "--quality", "small=0.6", "--quality", "large=0.9")
+    best = [p for p in judged if p["frontier"]]
+    assert {p["quality"] for p in best} == {0.6, 0.9}
+    assert "some have none" in run(small, large, "--quality", "small=0.6")
+    assert "which no sweep is of" in run(small, "--quality", "smal=0.6")
+    assert "not MODEL=NUMBER" in run(small, "--quality", "small")
+    (tmp_path / "e.json").write_text('{"a": 1}')
+    assert "no sweep" in run(str(tmp_path / "e.json"))
+
+
+def test_a_sweep_does_not_go_on_where_another_model_was(provider, tmp_path):
+    stub, out = provider(), str(tmp_path / "s.json")
+    args = ["economics", "sweep", "--url", stub.url, "--requests", "2", "-o", out]
+    args += ["--concurrency", "1", "--hourly", "1"]
+    assert CliRunner().invoke(app, [*args, "--model", "m"]).exit_code == 0
+    before = (tmp_path / "s.json").read_bytes()
+    done = CliRunner().invoke(app, [*args, "--model", "other"])
+    assert "a sweep of something else" in str(done.exception)
+    assert (tmp_path / "s.json").read_bytes() == before

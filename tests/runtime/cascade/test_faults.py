@@ -324,6 +324,6 @@ def test_a_budget_is_not_exceeded_by_many_at_once(tmp_path, provider, write_poli
 
 
 def most_prompt():
-    from skimp.runtime.cascade.gateway import most_prompt_tokens
+    from skimp.runtime.cascade.price import most_prompt_tokens
 
     return most_prompt_tokens({"messages": [{"role": "user", "content": "n=100 large=slow:0.01"}]})

@@ -11,12 +11,13 @@ import time
 
 import pytest
 import sqlalchemy as sa
-from skimp.runtime.cascade import ledger as module
-from skimp.runtime.cascade.ledger import (
+from skimp.runtime.cascade import rows as module
+from skimp.runtime.cascade.database import connect
+from skimp.runtime.cascade.ledger import Ledger
+from skimp.runtime.cascade.rows import (
     Attempt,
     Budget,
     BudgetExceededError,
-    Ledger,
     LedgerError,
     Request,
     Reservation,
@@ -79,8 +80,8 @@ def url(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/l.db"
     url = request.getfixturevalue("postgres")
-    engine = module._engine(url)
-    module._meta.drop_all(engine)
+    engine = connect(url)
+    module.meta.drop_all(engine)
     engine.dispose()
     return url
 
