@@ -10,6 +10,7 @@ from skimp.codegen.triton.launch import run
 from skimp.codegen.triton.spec import TritonSpec, scores_fit
 from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import dynk_ffn, reference
+from skimp.runtime.backend import skimp
 from torch.nn import functional as F
 
 CASES = [  # d, d_ff, expert size, gated, bias, d_out
@@ -135,7 +136,7 @@ def check_compiled(w, big):
         def both(x, s, tau, weights=weights):
             return F.relu(dynk_ffn(x + 1, s, tau, *weights))
 
-        fast = torch.compile(both, fullgraph=True, dynamic=True, backend="skimp")
+        fast = torch.compile(both, fullgraph=True, dynamic=True, backend=skimp)
         for rows in rows_of_class:
             for level in (0.2, 0.5, 0.9):
                 x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
@@ -158,7 +159,7 @@ def check_compiled(w, big):
         return f(x, s, tau, *weights, *w[6:]).square().sum()
 
     with torch.enable_grad():
-        compiled = torch.compile(lambda *v: loss(dynk_ffn, *v), fullgraph=True, backend="skimp")
+        compiled = torch.compile(lambda *v: loss(dynk_ffn, *v), fullgraph=True, backend=skimp)
         got = torch.autograd.grad(compiled(*live), given)
         want = torch.autograd.grad(loss(reference, *live), given)
     for a, b in zip(got, want, strict=True):

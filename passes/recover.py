@@ -165,6 +165,10 @@ class Recover(Pass):
         return loss + 2 * distance + torch.stack(extra).mean(), distance.item()
 
 
+_PRODUCTS = {
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.bmm.default,
+}
 _NORMS = {
     torch.ops.aten.layer_norm.default,
     torch.ops.aten.rms_norm.default,
@@ -177,7 +181,8 @@ class _Tap(Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.states: dict[str, Tensor] = {}
-        self.wide = device_of(gm).type == "cpu"
+        self.device = device_of(gm)
+        self.wide = self.device.type == "cpu"
 
     def run_in(self, segments: int, inputs: Sequence[Any]) -> Any:
         """Run the graph in parts; what is inside a part is computed again for the backward pass."""
@@ -210,6 +215,12 @@ class _Tap(Interpreter):
     def run_node(self, n: Node) -> Any:
         if self.wide and n.target is torch.ops.aten.scaled_dot_product_attention.default:
             result = self._attention(n)
+        elif n.target is torch.ops.aten._assert_tensor_metadata.default:
+            result = None  # of the dtypes that were traced, which training in bfloat16 changes
+        elif n.target in _PRODUCTS and self.env[n.args[0]].shape[-1] == 1:
+            # Rotary angles, positions by frequencies: rounded to bfloat16 they point elsewhere.
+            with torch.autocast(self.device.type, enabled=False):
+                result = super().run_node(n)
         else:
             result = super().run_node(n)
         if n.target in _NORMS:
