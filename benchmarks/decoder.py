@@ -45,6 +45,7 @@ def passes(args):
             tokens=10**9,
             seconds=sparsify * seconds,
             chunk=args.chunk,
+            batch=args.rows,
             alpha=args.alpha,
             clamp=None if args.relufy else -10.0,
         ),
@@ -149,6 +150,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens")
     parser.add_argument("--expert-size", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens held in memory")
+    parser.add_argument("--rows", type=int, default=512, help="per step of layer-wise distillation")
     parser.add_argument("--segments", type=int, default=1, help="gradient checkpointing")
     parser.add_argument("--eval-tokens", type=int, default=32_768)
     parser.add_argument("--json", action="store_true")
