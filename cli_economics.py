@@ -127,14 +127,16 @@ def _levels(text: str) -> list[int]:
 
 
 def _show_curves(rows: list[dict[str, Any]], allowed: list[int]) -> None:
-    table = Table("n", "req/s", "tokens/s", "TTFT, s", "$ / request", "marginal", "elasticity", "")
+    head = ("n", "req/s", "tokens/s", "first, s", "last, s", "$ / request", "marginal")
+    table = Table(*head, "elasticity", "")
     for r in rows:
-        low, high = r["ttft_interval"]
+        (low, high), (least, most) = r["ttft_interval"], r["seconds_interval"]
         table.add_row(
             str(r["concurrency"]),
             f"{r['rate']:.2f}",
             f"{r['tokens_per_second']:.1f}",
             f"{r['ttft']:.3f} ({low:.3f}-{high:.3f})",
+            f"{r['seconds']:.3f} ({least:.3f}-{most:.3f})",
             f"{r['average_cost']:.3g}",
             "" if r["marginal_cost"] is None else f"{r['marginal_cost']:.3g}",
             "" if r["elasticity"] is None else f"{r['elasticity']:.2f}",

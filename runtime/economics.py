@@ -145,18 +145,19 @@ def curves(levels: Sequence[Level], hourly: float) -> list[dict[str, Any]]:
             raise EconomicsError(f"concurrency {level.concurrency}: no request was answered")
         n = level.concurrency
         low, high = interval(level.seconds)
+        # a closed loop of n has lambda = n / mean seconds, so its bounds are those of the mean
         row: dict[str, Any] = {
             "concurrency": n,
             "requests": level.requests,
             "failed": level.failed,
             "rate": level.rate,
+            "rate_interval": (n / high, n / low),
             "tokens_per_second": level.completion_tokens / level.wall,
             "ttft": float(np.mean(level.ttft)),
             "ttft_interval": interval(level.ttft),
             "seconds": float(np.mean(level.seconds)),
             "seconds_interval": (low, high),
             "average_cost": cost_of(level.wall, hourly) / level.requests,
-            # a closed loop of n has lambda = n / mean seconds, so its bounds are those of the mean
             "average_cost_interval": (cost_of(low, hourly) / n, cost_of(high, hourly) / n),
             "usd_per_mtok": cost_of(level.wall, hourly) / max(level.completion_tokens, 1) * 1e6,
             "marginal_cost": None,

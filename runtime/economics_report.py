@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.cost import write_atomically
-from .economics import frontier
+from .economics import Machine, frontier
 from .report import _STYLE, _figure, _svg, _table
 
 
@@ -72,15 +72,16 @@ def _sweep(record: Mapping[str, Any]) -> str:
     axes.legend(
         handles=[*axes.get_lines(), *other.get_lines()], frameon=False, loc="upper left", fontsize=8
     )
-    head = ["n", "requests/s", "tokens/s", "TTFT, s (95 %)", "$ per request (95 %)", "elasticity"]
+    head = ["n", "requests/s", "tokens/s", "first token, s", "last token, s", "$ per request"]
+    head += ["elasticity"]
     table = [
         [
             str(r["concurrency"]),
-            f"{r['rate']:.3g}",
+            _with(r, "rate"),
             f"{r['tokens_per_second']:,.0f}",
-            f"{r['ttft']:.3g} ({r['ttft_interval'][0]:.3g}-{r['ttft_interval'][1]:.3g})",
-            f"{r['average_cost']:.3g} ({r['average_cost_interval'][0]:.3g}-"
-            f"{r['average_cost_interval'][1]:.3g})",
+            _with(r, "ttft"),
+            _with(r, "seconds"),
+            _with(r, "average_cost"),
             "" if r["elasticity"] is None else f"{r['elasticity']:.2f}",
         ]
         for r in rows
@@ -93,12 +94,19 @@ def _sweep(record: Mapping[str, Any]) -> str:
     )
 
 
+def _with(row: Mapping[str, Any], name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.3g} ({low:.3g}-{high:.3g})"
+
+
 def _how(record: Mapping[str, Any]) -> str:
     text = f"${record['hourly']:.4f} per hour"
     if machine := record.get("machine"):
         terms = ", ".join(f"{k} ${v:.4f}" for k, v in machine["terms"].items())
-        inputs = ", ".join(f"{k} {v:g}" for k, v in machine.items() if k != "terms")
-        text += f" ({terms}; from {inputs})"
+        inputs = {k: v for k, v in machine.items() if k != "terms"}
+        text += f" ({terms}; from {', '.join(f'{k} {v:g}' for k, v in inputs.items())})"
+        rates = ((u, Machine(**{**inputs, "utilisation": u}).hourly) for u in (0.3, 0.9))
+        text += "; by utilisation " + ", ".join(f"${r:.4f} at {u:g}" for u, r in rates)
     slo = record.get("slo")
     told = "" if slo is None or math.isinf(slo) else f" with the first token within {slo:g} s"
     zone = record.get("zone", [])
@@ -106,7 +114,7 @@ def _how(record: Mapping[str, Any]) -> str:
         text += f". Cost-effective{told} at n = {', '.join(map(str, zone))} (shaded)."
     else:
         text += f". No concurrency is cost-effective{told}."
-    return text + " Bands are 95 % bootstrap intervals over requests."
+    return text + " Bands and brackets are 95 % bootstrap intervals over requests."
 
 
 def _by_concurrency(axes: Any, n: Sequence[int], zone: Sequence[int], label: str) -> None:

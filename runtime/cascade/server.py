@@ -268,13 +268,11 @@ class _Face:
                 self._done()
             facts["ms"] = round(1000 * (time.perf_counter() - begun), 2)
             log.info(json.dumps(facts))
-            self._raise_alarms()
 
     def _done(self) -> None:
+        """A request is over, its stream too."""
         self.in_flight -= 1
         self.gateway.metrics.in_flight.set(self.in_flight)
-
-    def _raise_alarms(self) -> None:
         while self.gateway.accounts.alarms:
             policy, alarm = self.gateway.accounts.alarms.pop(0)
             self.gateway.metrics.alarms.labels(policy).inc()

@@ -3,6 +3,10 @@
 import importlib.util
 import json
 import os
+import pwd
+import shutil
+import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -123,6 +127,55 @@ def write_policy(tmp_path):
         return path.name
 
     return write
+
+
+def _postgres_bin():
+    found = shutil.which("initdb")
+    if found:
+        return os.path.dirname(found)
+    for path in (
+        sorted(os.listdir("/usr/lib/postgresql")) if os.path.isdir("/usr/lib/postgresql") else ()
+    ):
+        return f"/usr/lib/postgresql/{path}/bin"
+    return None
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """The URL of a PostgreSQL server of its own."""
+    folder = _postgres_bin()
+    if folder is None:
+        pytest.skip("no PostgreSQL server: `apt-get install postgresql`")
+    base = tmp_path_factory.mktemp("postgres")
+    # PostgreSQL refuses to run as root, so it runs as somebody else, in a folder of theirs
+    user = "postgres" if "postgres" in {u.pw_name for u in pwd.getpwall()} else "nobody"
+    root = os.geteuid() == 0
+    extra = {}
+    if root:
+        ids = pwd.getpwnam(user)
+        for path in (base, *list(base.parents)[:3]):
+            if str(path) not in ("/", "/tmp"):
+                path.chmod(0o755)
+        os.chown(base, ids.pw_uid, ids.pw_gid)
+        extra = {"user": user, "group": ids.pw_gid, "extra_groups": []}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = base / "data"
+    run = lambda *a: subprocess.run(  # noqa: E731
+        a,
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=base,
+        env={"PATH": os.environ["PATH"], "HOME": str(base), "LC_ALL": "C"},
+        **extra,
+    )
+    run(f"{folder}/initdb", "-D", str(data), "-U", "skimp", "-A", "trust", "-N", "-E", "UTF8")
+    options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
+    run(f"{folder}/pg_ctl", "-D", str(data), "-o", options, "-w", "-l", str(base / "log"), "start")
+    yield f"postgresql://skimp@127.0.0.1:{port}/postgres"
+    run(f"{folder}/pg_ctl", "-D", str(data), "-m", "immediate", "stop")
 
 
 @pytest.fixture(scope="session")

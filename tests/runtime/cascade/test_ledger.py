@@ -1,11 +1,6 @@
 """The ledger on SQLite and on a real PostgreSQL: budgets, what is lost, and many writers."""
 
 import asyncio
-import os
-import pwd
-import shutil
-import socket
-import subprocess
 import threading
 import time
 
@@ -23,55 +18,6 @@ from skimp.runtime.cascade.rows import (
     Reservation,
 )
 from skimp.runtime.cascade.stats import summary
-
-
-def _postgres_bin():
-    found = shutil.which("initdb")
-    if found:
-        return os.path.dirname(found)
-    for path in (
-        sorted(os.listdir("/usr/lib/postgresql")) if os.path.isdir("/usr/lib/postgresql") else ()
-    ):
-        return f"/usr/lib/postgresql/{path}/bin"
-    return None
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
-    """The URL of a PostgreSQL server of its own."""
-    folder = _postgres_bin()
-    if folder is None:
-        pytest.skip("no initdb on the PATH")
-    base = tmp_path_factory.mktemp("postgres")
-    # PostgreSQL refuses to run as root, so it runs as somebody else, in a folder of theirs
-    user = "postgres" if "postgres" in {u.pw_name for u in pwd.getpwall()} else "nobody"
-    root = os.geteuid() == 0
-    extra = {}
-    if root:
-        ids = pwd.getpwnam(user)
-        for path in (base, *list(base.parents)[:3]):
-            if str(path) not in ("/", "/tmp"):
-                path.chmod(0o755)
-        os.chown(base, ids.pw_uid, ids.pw_gid)
-        extra = {"user": user, "group": ids.pw_gid, "extra_groups": []}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    data = base / "data"
-    run = lambda *a: subprocess.run(  # noqa: E731
-        a,
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=base,
-        env={"PATH": os.environ["PATH"], "HOME": str(base), "LC_ALL": "C"},
-        **extra,
-    )
-    run(f"{folder}/initdb", "-D", str(data), "-U", "skimp", "-A", "trust", "-N", "-E", "UTF8")
-    options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
-    run(f"{folder}/pg_ctl", "-D", str(data), "-o", options, "-w", "-l", str(base / "log"), "start")
-    yield f"postgresql://skimp@127.0.0.1:{port}/postgres"
-    run(f"{folder}/pg_ctl", "-D", str(data), "-m", "immediate", "stop")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

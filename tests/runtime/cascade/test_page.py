@@ -103,6 +103,28 @@ def test_the_page_shows_what_the_ledger_says(busy, browser):
     page.close()
 
 
+def test_an_alarm_reaches_the_page_and_the_metrics(provider, serve, write_policy, browser):
+    a = provider()
+    policy = write_policy(
+        [("small", 1), ("large", 1)], [0.0], budget=1e-9, calibration_costs=[1e-10] * 50
+    )
+    member = {"url": a.url, "price": {"input": 1, "output": 1}}
+    server = serve({"members": {"small": member, "large": member}, "policies": {"p": policy}})
+    page = browser.new_page()
+    page.goto(server.root)
+    page.get_by_text("live", exact=True).wait_for()
+    assert page.get_by_role("alert").count() == 0
+    for i in range(30):
+        body = {"model": "skimp", "messages": [{"role": "user", "content": f"{i}"}]}
+        body["stream"] = i % 2 == 0
+        assert httpx.post(f"{server.url}/chat/completions", json=body).status_code == 200
+    page.get_by_role("alert").get_by_text("more often than").wait_for(timeout=8000)
+    text = httpx.get(f"{server.root}/metrics").text
+    assert 'skimp_drift_alarms_total{policy="p"} 2.0' in text  # once each, not once a request
+    assert 'skimp_exceedance{policy="p"} 1.0' in text
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
 def test_the_page_fits(busy, browser, width, scheme):

@@ -373,9 +373,80 @@ def test_drift_raises_an_alarm(provider, write_policy, serve, caplog):
     assert "skimp_drift_alarms_total" in httpx.get(f"{server.root}/metrics").text
 
 
+def test_a_request_has_a_time_limit(provider, write_policy, serve):
+    config, _, b = two(provider, write_policy, ["skip"], server={"timeout_s": 0.5})
+    server = serve(config)
+    with pytest.raises(openai.InternalServerError, match=r"no answer within 0\.5 s") as error:
+        ask(server, "large=stall")
+    assert error.value.status_code == 504
+    stream = ask(server, "large=halt:2", stream=True)
+    with pytest.raises(openai.APIError, match="took too long"):
+        list(stream)
+    server.wait(lambda: b.under_way == 0)  # the provider was told to stop
+    attempts = server.rows("attempts")
+    assert [a["status"] for a in attempts] == ["cancelled", "timeout"]
+    assert all(a["estimate"] > 0 for a in attempts)
+    assert [r["status"] for r in server.rows("requests")] == ["failed", "broken"]
+    assert server.rows("reservations") == []
+
+
+def test_a_crowd_is_turned_away(provider, write_policy, serve):
+    config, _, _ = two(provider, write_policy, server={"max_in_flight": 2})
+    server = serve(config)
+
+    async def work():
+        messages = [{"role": "user", "content": "large=slow:0.5"}]
+        body = {"model": "large", "messages": messages, "stream": True}
+
+        async def one(session):
+            async with session.post(f"{server.url}/chat/completions", json=body) as response:
+                await response.read()
+                return response.status, response.headers.get("retry-after")
+
+        async with aiohttp.ClientSession() as session:
+            return await asyncio.gather(*(one(session) for _ in range(5)))
+
+    assert sorted(asyncio.run(work())) == [(200, None)] * 2 + [(503, "1")] * 3
+    assert ask(server, "large=ok:1", model="large").choices[0].message.content == "1"
+
+
+def test_nothing_is_served_that_is_not_recorded(provider, write_policy, serve):
+    config, _, _ = two(provider, write_policy)
+    server = serve(config)
+    ask(server, "small=ok:7")
+    with server.gateway.ledger.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE requests")
+    with pytest.raises(openai.InternalServerError, match="the ledger cannot be written"):
+        ask(server, "small=ok:7")
+    with server.gateway.ledger.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE reservations")
+    assert httpx.get(f"{server.root}/healthz").status_code == 503
+
+
+def test_the_server_on_postgresql(provider, write_policy, serve, postgres):
+    config, a, b = two(provider, write_policy, ledger=postgres, budget={"usd": 1, "per": "month"})
+    server = serve(config)
+    before = len(server.rows("requests"))
+    ask(server, "small=ok:1|2|3 large=ok:9")
+    list(ask(server, "small=ok:1|2|3 large=ok:9", stream=True))
+    ask(server, "small=500 large=ok:9")
+    rows = server.rows("requests")[before:]
+    assert sorted(r["route"] for r in rows) == ["small!>large", *["small:0.33>large"] * 2]
+    spent = sum(
+        (p * price["input"] + c * price["output"]) * 1e-6
+        for (p, c), price in ((a.billed["small"], SMALL), (b.billed["large"], LARGE))
+    )
+    assert sum(r["cost"] for r in rows) == pytest.approx(spent, abs=1e-12)
+    assert server.rows("reservations") == []
+    told = httpx.get(f"{server.root}/api/summary").json()
+    assert told["requests"] >= 3
+    assert told["budgets"][0]["reserved"] == pytest.approx(0, abs=1e-15)
+    assert httpx.get(f"{server.root}/healthz").status_code == 200
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
 def test_curl(provider, write_policy, serve):
-    config, _, _ = two(provider, write_policy)
+    config, a, _ = two(provider, write_policy)
     server = serve(config)
 
     def curl(*args):
@@ -396,6 +467,17 @@ def test_curl(provider, write_policy, serve):
     told = json.loads(re.search(r"^: skimp (.*)$", streamed, re.MULTILINE)[1])
     assert told["route"][0]["prompt_tokens"] == 33
     assert "text/event-stream" in streamed
+    parameters = {"type": "object", "properties": {"x": {"anyOf": [{"type": "null"}, {}]}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    called = curl(
+        f"{server.url}/chat/completions",
+        *header,
+        "-d",
+        json.dumps({**json.loads(body), "tools": tools}),
+    )
+    answer = json.loads(called.split("\r\n\r\n" if "\r\n" in called else "\n\n", 1)[1])
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+    assert a.bodies[-1]["tools"] == tools
     assert (
         "404"
         in curl(
