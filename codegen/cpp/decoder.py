@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...ir.errors import SkimpError
+from ...ir.errors import BadWeightsError, SkimpError
 from .build import build
 from .decoder_spec import DecoderSpec, DecoderWeights, LayerWeights, check
 from .emit import ACTS
@@ -189,18 +189,15 @@ class Decoder:
     Args:
         spec: What its step is generated for.
         weights: In float32 or ``spec.dtype``. The embedding is kept as it is if it has that dtype.
-        cosine, sine: ``[positions, rope]``, float32, of rotary embedding.
 
     Raises:
         BadWeightsError: Shapes that do not fit the spec.
         CompileError: No compiler, or a failed compile.
     """
 
-    def __init__(
-        self, spec: DecoderSpec, weights: DecoderWeights, cosine: Tensor, sine: Tensor
-    ) -> None:
+    def __init__(self, spec: DecoderSpec, weights: DecoderWeights) -> None:
         self.spec = spec
-        self.cosine, self.sine = cosine.float().contiguous(), sine.float().contiguous()
+        self._cosine = self._sine = torch.empty(0)
         self.words = weights.head.shape[0]
         self.layers = len(weights.layers)
         self.tau = torch.zeros(max(1, self.layers))
@@ -229,7 +226,15 @@ class Decoder:
     @property
     def positions(self) -> int:
         """Length of the tables of rotary embedding."""
-        return len(self.cosine)
+        return len(self._cosine)
+
+    def rotate_by(self, cosine: Tensor, sine: Tensor) -> None:
+        """Set the tables of rotary embedding, ``[positions, rope]``."""
+        if cosine.shape != sine.shape or cosine.shape[1:] != (self.spec.rope,):
+            raise BadWeightsError(
+                f"{tuple(cosine.shape)} does not rotate {self.spec.rope} elements"
+            )
+        self._cosine, self._sine = cosine.float().contiguous(), sine.float().contiguous()
 
     def cache(self, slots: int = 1, capacity: int = 256) -> Cache:
         """An empty cache."""
@@ -251,15 +256,15 @@ class Decoder:
             float32.
 
         Raises:
-            SkimpError: Positions beyond the tables of rotary embedding, or no memory.
+            SkimpError: More nodes than the tables of rotary embedding have positions, or no memory.
         """
         n = len(rows.tokens)
         if n:
             end = int((rows.committed + rows.nodes.diff()).max())
             if end > self.positions:
                 raise SkimpError(
-                    f"position {end - 1} is beyond the {self.positions} the decoder was made for; "
-                    "shorten the text, or build it with more positions"
+                    f"node {end - 1} is beyond the {self.positions} positions of the decoder's "
+                    "tables; give it longer ones with rotate_by"
                 )
             cache.reserve(int(rows.slots.max()) + 1, end)
         logits = torch.empty(len(rows.wanted), self.words)
@@ -268,7 +273,7 @@ class Decoder:
             n, len(rows.slots), rows.tokens.data_ptr(), rows.bounds.data_ptr(),
             rows.parents.data_ptr(), rows.nodes.data_ptr(), rows.slots.data_ptr(),
             rows.committed.data_ptr(),
-            self.cosine.data_ptr(), self.sine.data_ptr(),
+            self._cosine.data_ptr(), self._sine.data_ptr(),
             None if rows.features is None else rows.features.data_ptr(),
             cache.keys.data_ptr(), cache.values.data_ptr(), cache.slots, cache.capacity,
             rows.wanted.data_ptr(), len(rows.wanted), logits.data_ptr(), hidden.data_ptr(),

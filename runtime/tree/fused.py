@@ -8,36 +8,29 @@ reason, and :func:`target_of` serves them with :class:`~skimp.runtime.tree.hf.HF
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...codegen.cpp.decoder import Decoder, Rows
+from ...codegen.cpp.decoder import Decoder
 from ...codegen.cpp.decoder_spec import DecoderSpec, DecoderWeights, LayerWeights, RouterWeights
 from ...codegen.cpp.spec import detect_isa
 from ...ir.block import DynkFFN
 from ...ir.errors import CompileError, TargetError
 from .hf import HFTarget, why_not
+from .sequences import Sequences
 from .target import Target
 
 _AT_ONCE = 64
 """Prompt tokens per step: enough that products, not weights being read, take the time."""
-_TABLE = 4096
+_ROOM = 256
+"""Positions for which a cache has room beside the prompt at first."""
 _PROBE = (7, 3, 11, 3, 5, 2, 9, 4)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ACTS |= {"gelu_new": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
-
-
-@dataclass(slots=True)
-class _Row:
-    """A sequence: its slot of the cache, positions committed, and parents of nodes that are not."""
-
-    slot: int
-    length: int = 0
-    parents: list[int] = field(default_factory=list)
 
 
 class FusedTarget:
@@ -53,6 +46,7 @@ class FusedTarget:
             ``verify(.., sparse=True)``, all of their neurons otherwise.
 
     Attributes:
+        weights: Of the decoder, for drafters that share some.
         prompts: By row: hidden states of the prompt's tokens, ``[tokens, d]``, of the last
             ``prefill``; for drafters that read them.
 
@@ -83,12 +77,12 @@ class FusedTarget:
         self._rotary = parts.rotary
         spec = DecoderSpec(
             d=self.width, d_ff=parts.d_ff, heads=parts.heads, kv_heads=parts.kv_heads,
-            head_dim=parts.head_dim, rope=self._tables(1)[0].shape[-1], act=parts.act,
+            head_dim=parts.head_dim, rope=self.tables(1)[0].shape[-1], act=parts.act,
             dtype=str(self.dtype).removeprefix("torch."), isa=detect_isa(),
         )  # fmt: skip
-        self.decoder = Decoder(spec, parts.weights(), *self._tables(min(_TABLE, self.limit)))
-        self._cache = self.decoder.cache()
-        self._rows: list[_Row] = []
+        self.weights = parts.weights()
+        self.decoder = Decoder(spec, self.weights)
+        self._rows = Sequences(self.decoder, self.tables, self.limit)
         self.prompts: list[Tensor] = []
         self._agree(model)
 
@@ -101,19 +95,17 @@ class FusedTarget:
 
     def lengths(self) -> list[int]:
         """Tokens committed, by row."""
-        return [r.length for r in self._rows]
+        return self._rows.lengths()
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Remove rows; their slots are not read again."""
-        gone = set(rows)
-        self._rows = [r for i, r in enumerate(self._rows) if i not in gone]
+        """Remove rows."""
+        self._rows.drop(rows)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Commit prompts as new rows, some tokens at a time."""
         if not prompts or not all(prompts):
             raise TargetError("a prompt has no token; give at least the beginning-of-text token")
-        self._rows = [_Row(slot) for slot in range(len(prompts))]
-        self._cache.reserve(len(prompts), max(map(len, prompts)))
+        self._rows.begin(len(prompts), max(map(len, prompts)) + _ROOM)
         states: list[list[Tensor]] = [[] for _ in prompts]
         logits: list[Tensor] = [torch.empty(0)] * len(prompts)
         left = [list(p) for p in prompts]
@@ -125,10 +117,10 @@ class FusedTarget:
             left = [tokens[len(p) :] for tokens, p in zip(left, parts, strict=True)]
             ends = [i for i, p in enumerate(parts) if p and not left[i]]
             last = torch.tensor([len(p) for p in parts]).cumsum(0)[ends] - 1
-            got, hidden = self._run(
+            got, hidden = self._rows.run(
                 [torch.tensor(p, dtype=torch.int64) for p in parts],
                 [torch.arange(-1, len(p) - 1) for p in parts],
-                last,
+                wanted=last,
             )
             for i, row in zip(ends, got, strict=True):
                 logits[i] = row
@@ -156,63 +148,18 @@ class FusedTarget:
             sparse: Converted networks run only the experts their routers choose.
         """
         if not grow:
-            for row in self._rows:
-                row.parents = []
-        return self._run(tokens, parents, None, sparse)
+            self._rows.forget()
+        return self._rows.run(tokens, parents, sparse=sparse)
 
     def keep(self, accepted: Sequence[Tensor]) -> None:
         """Commit a path per row."""
-        for row, path in zip(self._rows, accepted, strict=True):
-            if len(path) and int(path[-1]) != len(path) - 1:  # ascending: so not 0, 1, .., a - 1
-                self.decoder.keep(
-                    self._cache, row.slot, row.length, path.to(torch.int64).contiguous()
-                )
-            row.length += len(path)
-            row.parents = []
+        self._rows.keep(accepted)
 
     def threshold(self, tau: float) -> None:
         """Set how much experts must matter in ``verify(.., sparse=True)``, in all layers."""
         self.decoder.tau.fill_(tau)
 
-    def _run(
-        self,
-        tokens: Sequence[Tensor],
-        parents: Sequence[Tensor],
-        wanted: Tensor | None,
-        sparse: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        for row, above in zip(self._rows, parents, strict=True):
-            row.parents += above.tolist()
-        ends = max((r.length + len(r.parents) for r in self._rows), default=0)
-        deepest = ends if ends <= self.limit else self._deepest()
-        if deepest > self.limit:
-            raise TargetError(f"position {deepest - 1}: the model has only {self.limit}")
-        if ends > self.decoder.positions:
-            self.decoder.cosine, self.decoder.sine = self._tables(2 * ends)
-        flat = torch.cat(list(tokens)).to(torch.int64)
-        bounds = torch.tensor([0, *(len(t) for t in tokens)]).cumsum(0)
-        rows = Rows(
-            tokens=flat,
-            bounds=bounds,
-            parents=torch.tensor([p for r in self._rows for p in r.parents], dtype=torch.int32),
-            nodes=torch.tensor([0, *(len(r.parents) for r in self._rows)]).cumsum(0),
-            slots=torch.tensor([r.slot for r in self._rows]),
-            committed=torch.tensor([r.length for r in self._rows]),
-            wanted=torch.arange(len(flat)) if wanted is None else wanted,
-        )
-        return self.decoder.step(rows, self._cache, sparse=sparse)
-
-    def _deepest(self) -> int:
-        """Positions that the nodes at hand take."""
-        most = 0
-        for row in self._rows:
-            depths: list[int] = []
-            for p in row.parents:
-                depths.append(depths[p] + 1 if p >= 0 else 0)
-            most = max(most, row.length + max(depths, default=-1) + 1)
-        return most
-
-    def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
+    def tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of rotary embedding, ``[positions, rope]``, as the model has them."""
         with torch.no_grad():
             cosine, sine = self._rotary(torch.zeros(1, 1, 1), torch.arange(positions)[None])
@@ -229,7 +176,7 @@ class FusedTarget:
             want = model(torch.tensor([ids])).logits[0, -2:].float()
         first, _ = self.prefill([ids[:-1]])
         second, _ = self.verify([torch.tensor(ids[-1:])], [torch.tensor([-1])])
-        self._rows = []
+        self._rows.begin(0, 0)
         error = float((torch.cat([first, second]) - want).norm() / want.norm().clamp_min(1e-30))
         if not error <= _TOLERANCE[self.dtype]:
             raise TargetError(

@@ -55,7 +55,9 @@ def tables(spec, positions=400):
 
 
 def decoder(spec, **options):
-    return Decoder(spec, weights(spec, **options), *tables(spec))
+    made = Decoder(spec, weights(spec, **options))
+    made.rotate_by(*tables(spec))
+    return made
 
 
 def plain(spec, w, tokens, tau=None, features=None):
@@ -268,9 +270,9 @@ def test_features_are_mixed_in(spec):
 
 def test_refusals():
     with pytest.raises(BadWeightsError, match="expected"):
-        Decoder(replace(ODD, d_ff=51), weights(ODD), *tables(ODD))
+        Decoder(replace(ODD, d_ff=51), weights(ODD))
     seqs = Sequences(decoder(ODD), 1)
-    with pytest.raises(SkimpError, match="beyond the 400"):
+    with pytest.raises(SkimpError, match="beyond the 400 positions"):
         seqs.run([random(401, 0)], [range(-1, 400)])
     assert "constexpr long KV_HEADS = 2;" in emit(ODD)
 
