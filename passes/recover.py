@@ -217,7 +217,7 @@ class _Tap(Interpreter):
             result = self._attention(n)
         elif n.target is torch.ops.aten._assert_tensor_metadata.default:
             result = None  # of the dtypes that were traced, which training in bfloat16 changes
-        elif n.target in _PRODUCTS and self.env[n.args[0]].shape[-1] == 1:
+        elif n.target in _PRODUCTS and self.env[n.all_input_nodes[0]].shape[-1] == 1:
             # Rotary angles, positions by frequencies: rounded to bfloat16 they point elsewhere.
             with torch.autocast(self.device.type, enabled=False):
                 result = super().run_node(n)

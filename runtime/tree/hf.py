@@ -148,7 +148,7 @@ def _store(part: _Part, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor,
 AttentionInterface.register(_ATTENTION, _attend)
 
 
-class _NoCache(DynamicCache):
+class _NoCache(DynamicCache):  # type: ignore[misc]  # transformers has no types of use
     """What the model takes for its cache: the attention function holds the real one."""
 
     def update(
@@ -172,7 +172,7 @@ class HFTarget:
         self.model = model
         self.config: Any = self.model.config.get_text_config()
         self.head: nn.Module = self.model.get_output_embeddings()
-        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        weight: Tensor = self.head.weight
         self.vocabulary, self.width = weight.shape
         self.device, self.dtype = weight.device, weight.dtype
         self.limit: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
