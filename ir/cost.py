@@ -5,10 +5,13 @@ A multiply-add counts as two FLOPs, activations as none, as in ``torch.utils.flo
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .block import DynkFFN, Projection
+from .errors import CalibrationError
 
 if TYPE_CHECKING:
     import sympy
@@ -165,6 +169,121 @@ class Curves:
             write_atomically(self.path, json.dumps(self.seconds, indent=1).encode())
         except OSError:
             return
+
+
+@dataclass(slots=True)
+class StepCurve:
+    """Seconds of a step by its rows, as measured: steps and inversions stay as they are.
+
+    Between measured numbers of rows it is linear; beyond the last it rises as steeply as it does
+    on average. Interference only ever slows a step, so what is kept is a low quantile of its
+    times. While it is used it learns on: a factor common to all rows (a machine that slows down
+    leaves no number of rows looking cheap for being untried), and each number of rows by itself.
+
+    Attributes:
+        curves: Where it is stored.
+        name: Of what is timed: model, dtype, kernels, batch, context.
+        quantile: That is kept.
+        factor: What all stored seconds are multiplied by.
+        version: Rises as the curve changes by more than noise.
+    """
+
+    curves: Curves
+    name: str
+    quantile: float = 0.3
+    points: dict[int, float] = field(default_factory=dict)
+    factor: float = 1.0
+    version: int = 0
+    _table: list[float] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, curves: Curves, name: str) -> StepCurve:
+        """Read what is stored under a name; empty if nothing is."""
+        start = f"{name}-rows="
+        found = {int(k[len(start) :]): v for k, v in curves.seconds.items() if k.startswith(start)}
+        return cls(curves, name, points=found)
+
+    def store(self) -> None:
+        """Write the curve with the others of its device."""
+        for rows, seconds in self.points.items():
+            self.curves.seconds[f"{self.name}-rows={rows}"] = seconds * self.factor
+        self.curves.store()
+
+    def __call__(self, rows: int) -> float:
+        """Predicted seconds of a step of ``rows`` >= 1.
+
+        Raises:
+            CalibrationError: Nothing has been measured.
+        """
+        return self.table(rows)[rows] * self.factor
+
+    def table(self, rows: int) -> list[float]:
+        """Seconds by number of rows from 0 to at least ``rows``, before ``factor``."""
+        if len(self._table) <= rows:
+            if not self.points:
+                raise CalibrationError(f"no step of {self.name} has been measured")
+            known = sorted(self.points.items())
+            slope = 0.0
+            if len(known) > 1:
+                (a, low), (b, high) = known[0], known[-1]
+                slope = max(0.0, (high - low) / (b - a))
+            last = max(rows, known[-1][0]) + 64
+            table = [known[0][1]] * (known[0][0] + 1)
+            for (a, x), (b, y) in itertools.pairwise(known):
+                table += [x + (y - x) * (i - a) / (b - a) for i in range(a + 1, b + 1)]
+            end = len(table) - 1
+            table += [table[end] + slope * (i - end) for i in range(end + 1, last + 1)]
+            self._table = table
+            self.version += 1
+        return self._table
+
+    def set(self, points: Mapping[int, float]) -> None:
+        """Take seconds by number of rows for measured."""
+        self.points, self.factor, self._table = dict(points), 1.0, []
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from a step that was taken."""
+        ratio = seconds / self(rows)
+        self.factor *= 1 + 0.05 * self._move(ratio)
+        point = self.points.get(rows)
+        if point is None:
+            point = self.table(rows)[rows]
+        self.points[rows] = point * (1 + 0.02 * self._move(ratio))
+        if abs(self.points[rows] / self.table(rows)[rows] - 1) > 0.05:
+            self._table = []
+
+    def _move(self, ratio: float) -> float:
+        """A step towards the quantile of ratios of measured to predicted."""
+        near = min(1.0, abs(math.log(ratio)) * 10)  # close to it, in small steps
+        return near * (self.quantile if ratio > 1 else self.quantile - 1)
+
+    def profile(
+        self, step: Callable[[int], object], grid: Sequence[int], seconds: float, least: int = 3
+    ) -> float:
+        """Measure it.
+
+        Args:
+            step: Takes a step of so many rows.
+            grid: Numbers of rows. They are measured in turn, round by round.
+            seconds: About how long in all; one round to warm up, and ``least`` more, are taken
+                however long they last.
+            least: Rounds that count.
+
+        Returns:
+            Seconds spent.
+        """
+        start = time.perf_counter()
+        taken: dict[int, list[float]] = {n: [] for n in grid}
+        rounds = 0
+        while rounds <= least or (rounds < 40 and time.perf_counter() < start + seconds):
+            for n in grid:
+                begun = time.perf_counter()
+                step(n)
+                if rounds:
+                    taken[n].append(time.perf_counter() - begun)
+            rounds += 1
+        self.set({n: sorted(t)[int(self.quantile * (len(t) - 1))] for n, t in taken.items()})
+        return time.perf_counter() - start
 
 
 @cache

@@ -148,7 +148,7 @@ def _store(part: _Part, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor,
 AttentionInterface.register(_ATTENTION, _attend)
 
 
-class _NoCache(DynamicCache):  # type: ignore[misc]  # transformers has no types of use
+class _NoCache(DynamicCache):  # type: ignore[misc]
     """What the model takes for its cache: the attention function holds the real one."""
 
     def update(
