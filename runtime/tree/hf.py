@@ -148,13 +148,11 @@ def _store(part: _Part, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor,
 AttentionInterface.register(_ATTENTION, _attend)
 
 
-class _NoCache(DynamicCache):  # type: ignore[misc]
+def _no_cache() -> Any:
     """What the model takes for its cache: the attention function holds the real one."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **others: Any
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
+    cache: Any = DynamicCache()
+    cache.update = lambda keys, values, *args, **others: (keys, values)
+    return cache
 
 
 class HFTarget:
@@ -253,7 +251,7 @@ class HFTarget:
         given: dict[str, Any] = dict(
             input_ids=ids,
             position_ids=torch.tensor([positions], device=self.device),
-            past_key_values=_NoCache(),
+            past_key_values=_no_cache(),
             use_cache=True,
         )
         if select is not None and self._selects:
