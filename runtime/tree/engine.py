@@ -10,7 +10,7 @@ from ...ir.errors import SkimpError, TargetError
 from ...ir.measure import machine
 from .calibrate import Draft
 from .costs import Stopwatch
-from .node import Drafter
+from .node import Drafter, Measured
 from .policy import Base, Policy
 from .report import Report, Snapshot
 from .target import Target
@@ -121,6 +121,7 @@ class Engine:
             before = self.prices.spent
             self.prices.prepare(self.target, self.target.lengths())
             report.profiling = self.prices.spent - before
+            report.profiling += sum(d.prepare() for d in self.drafters if isinstance(d, Measured))
             self._curve = None
         watch.lap()
         while self._rows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -134,4 +134,13 @@ class Drafter(Protocol):
 
     def seconds(self, nodes: int) -> float:
         """Predicted duration of ``expand`` for so many nodes."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A drafter whose costs must be measured before they are asked for."""
+
+    def prepare(self) -> float:
+        """Measure what is not known, with the rows there are; returns seconds spent."""
         ...

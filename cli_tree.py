@@ -1,0 +1,121 @@
+"""The command that decodes: ``skimp generate``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .cli_console import AsJson, err, print_json
+from .ir.errors import SkimpError
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="'smollm2', a folder, or a model on the hub.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Repeat it for a batch; by default standard input.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 256,
+    draft: Annotated[
+        str, typer.Option(help="ngram, model:PATH; several with commas between.")
+    ] = "ngram",
+    mode: Annotated[str, typer.Option(help="lambda, cast, eagle2 or plain.")] = "lambda",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="The likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="So many likeliest tokens; 0 for all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 for none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default as the model is.")
+    ] = None,
+    tree: Annotated[
+        Path | None, typer.Option(help="Write a picture of one tree here, as HTML.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt with token trees sized by what they cost; the text is the model's own.
+
+    Text goes to standard output as it comes, a report to standard error. The first run on a machine
+    measures costs, for some seconds.
+    """
+    import torch
+
+    from .ir.cost import write_atomically
+    from .runtime.models import load_decoder
+    from .runtime.tree.generate import TreeDecoder
+    from .runtime.tree.report import picture
+    from .runtime.tree.stream import Printer
+    from .runtime.tree.verify import Sampling
+
+    if dtype is not None and dtype not in _DTYPES:
+        raise SkimpError(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    prompts = list(prompt or [])
+    if not prompts:
+        if sys.stdin.isatty():
+            raise SkimpError("give --prompt TEXT, or text on standard input")
+        prompts = [sys.stdin.read()]
+    loaded = load_decoder(model)
+    decoder = TreeDecoder(
+        loaded.model,
+        draft=draft,
+        mode=mode,
+        tokenizer=loaded.tokenizer,
+        dtype=None if dtype is None else getattr(torch, dtype),
+    )
+    ids = [_encode(loaded.tokenizer, p, raw) for p in prompts]
+
+    def text(tokens: list[int]) -> str:
+        return str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    printer = None if as_json or len(ids) > 1 else Printer(text, write)
+    found = decoder.run(
+        ids,
+        limits=[max_tokens] * len(ids),
+        stop=_ends(loaded.model),
+        sampling=sampling,
+        stream=None if printer is None else lambda _, tokens: printer(tokens),
+    )
+    report = decoder.report
+    if tree is not None:
+        if report.example is None:
+            raise SkimpError("no tree was verified, so there is none to draw: the text is printed")
+        page = picture(report.example, lambda t: str(loaded.tokenizer.decode([t])))
+        write_atomically(tree, page.encode())
+    if as_json:
+        print_json({"texts": [text(t) for t in found], "tokens": found, "report": report.as_dict()})
+        return
+    if printer is not None:
+        printer.end()
+        write("\n")
+    else:
+        for i, tokens in enumerate(found):
+            write(f"[{i}] {text(tokens)}\n")
+    table = Table(show_header=False, box=None)
+    for name, value in report.lines():
+        table.add_row(name, value)
+    err.print(table)
+
+
+def _encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
+    """Tokens of a prompt, as a chat's first turn where the tokenizer has a template for it."""
+    if raw or not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(prompt)["input_ids"])
+    turns = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+
+def _ends(model: Any) -> frozenset[int]:
+    """Tokens that end a text."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        ends = model.config.get_text_config().eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
