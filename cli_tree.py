@@ -20,7 +20,7 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 256,
     draft: Annotated[
-        str, typer.Option(help="ngram, model:PATH; several with commas between.")
+        str, typer.Option(help="ngram, model:PATH, sparse; several with commas between.")
     ] = "ngram",
     mode: Annotated[str, typer.Option(help="lambda, cast, eagle2 or plain.")] = "lambda",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,

@@ -133,8 +133,27 @@ def unconvert(folder: str | Path, out: str | Path) -> None:
         raise ArtefactError(f"{source} holds no Hugging Face model: {error!r}") from error
     if written.get("quantization_config", {}).get("quant_method") != "skimp":
         raise ArtefactError(f"{source} was not written by skimp.save_pretrained")
-    model_class = getattr(transformers, class_name)
-    tree = model_class.from_pretrained(source)
+    dense = dense_form(getattr(transformers, class_name).from_pretrained(source))
+    with _written_whole(Path(out)) as part:
+        dense.save_pretrained(part)
+        for file in source.iterdir():
+            unwanted = file.suffix == ".safetensors" or file.name.startswith(("README", "model."))
+            if file.is_file() and not (part / file.name).exists() and not unwanted:
+                shutil.copy2(file, part / file.name)
+
+
+def dense_form(tree: Any) -> Any:
+    """The plain dense model of a converted one: the network that tau = 0 computes.
+
+    Args:
+        tree: What ``from_pretrained`` made of a folder that :func:`save_pretrained` wrote. Its
+            thresholds are left at 0.
+
+    Raises:
+        VerificationError: The architecture cannot say in its config that these networks use ReLU,
+            or attention projections were converted.
+    """
+    class_name = type(tree).__name__
     specs = tree.config.quantization_config.blocks
     if any(s["linear"] for s in specs.values()):
         raise VerificationError(
@@ -144,7 +163,7 @@ def unconvert(folder: str | Path, out: str | Path) -> None:
     config = copy.deepcopy(tree.config)
     del config.quantization_config
     changed = _set_activations(config, specs)
-    dense = model_class(config).to(tree.dtype).eval()
+    dense = type(tree)(config).to(tree.dtype).eval()
     state = {n: t for n, t in tree.state_dict().items() if n in dense.state_dict()}
     for name, block in blocks(tree).items():
         state |= dense_weights(block, FFNSite(**specs[name]["site"]))
@@ -163,12 +182,7 @@ def unconvert(folder: str | Path, out: str | Path) -> None:
             f"{acts}; of the config {', '.join(changed) or 'no field'} could be set to that, which "
             "is not enough. Keep the converted folder."
         )
-    with _written_whole(Path(out)) as part:
-        dense.save_pretrained(part)
-        for file in source.iterdir():
-            unwanted = file.suffix == ".safetensors" or file.name.startswith(("README", "model."))
-            if file.is_file() and not (part / file.name).exists() and not unwanted:
-                shutil.copy2(file, part / file.name)
+    return dense
 
 
 def dense_weights(block: Any, site: FFNSite) -> dict[str, Tensor]:

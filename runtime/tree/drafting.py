@@ -1,16 +1,24 @@
-"""Which drafters a decoder has: ``ngram``, ``model:PATH``, joined by commas."""
+"""Which drafters a decoder has: ``ngram``, ``model:PATH``, ``sparse``, joined by commas."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...ir.errors import SkimpError
+import torch
+
+from ...ir.block import DynkFFN
+from ...ir.errors import CompileError, SkimpError, TargetError
 from .assistant import Assistant
+from .engine import Prices
+from .fused import FusedTarget, target_of
+from .hf import HFTarget
 from .ngram import NGram
 from .node import Drafter
+from .sparse import SparseSelf, halves
 from .target import Target
 
-KINDS = {"ngram": False, "model": True}
+KINDS = {"ngram": False, "model": True, "sparse": False}
 """Names, and whether a path follows."""
 
 
@@ -47,8 +55,40 @@ class Drafting:
             raise SkimpError(f"the same drafter twice: {text}")
         return cls(tuple(found))
 
-    def make(self, target: Target, model: Any, tokenizer: Any) -> list[Drafter]:
+    def target(self, model: Any, dtype: torch.dtype | None) -> tuple[Target, Any]:
+        """What verifies, and the model it is of: generated code on the CPU, else the model's own.
+
+        Args:
+            model: Where the sparse form drafts, a converted one; its dense form verifies.
+            dtype: Of the generated step.
+
+        Raises:
+            TargetError: The model cannot verify trees, or is not converted though it should be.
+        """
+        found: dict[str, DynkFFN] = {}
+        if ("sparse", "") in self.wanted:
+            model, found = halves(model)
+        if getattr(model, "device", torch.device("cpu")).type != "cpu":
+            if dtype is not None and dtype != model.dtype:
+                raise TargetError(f"the model is {model.dtype}: load it in {dtype}")
+            return HFTarget(model, found), model
+        if not found:
+            return target_of(model, dtype=dtype), model
+        layers = {int(n): b for name, b in found.items() for n in name.split(".") if n.isdigit()}
+        try:
+            return FusedTarget(model, dtype=dtype, blocks=layers), model
+        except (TargetError, CompileError) as error:
+            warnings.warn(f"decoding runs the model's own code: {error}", stacklevel=2)
+            return HFTarget(model, found), model
+
+    def make(self, target: Target, prices: Prices, model: Any, tokenizer: Any) -> list[Drafter]:
         """The drafters.
+
+        Args:
+            target: What they draft for.
+            prices: What it costs.
+            model: It is of.
+            tokenizer: Of it, if known.
 
         Raises:
             SkimpError: One cannot be loaded, or does not fit the target.
@@ -59,4 +99,16 @@ class Drafting:
                 made.append(NGram())
             elif kind == "model":
                 made.append(Assistant.load(path, target, tokenizer, model))
+            elif kind == "sparse":
+                made.append(SparseSelf(target, _plain(target, prices)))
         return [*made, *(other(target) for other in self.others)]
+
+
+def _plain(target: Target, prices: Prices) -> Callable[[int], float]:
+    """Seconds of a pass at the present batch and context."""
+
+    def curve(rows: int) -> float:
+        lengths = target.lengths()
+        return prices.at(max(len(lengths), 1), max(lengths, default=1))(rows)
+
+    return curve

@@ -7,12 +7,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...ir.errors import SkimpError, TargetError
+from ...ir.errors import SkimpError
 from .costs import Costs
 from .drafting import Drafting
 from .engine import Engine, Prices, Stream
-from .fused import target_of
-from .hf import HFTarget
 from .options import Options
 from .policy import Base, CastPolicy, CostPolicy, FixedPolicy
 from .report import Report
@@ -63,11 +61,15 @@ class TreeDecoder:
         drafting = Drafting.parse(draft) if isinstance(draft, str) else draft
         if mode == "plain":
             drafting = Drafting(())
-        self.model, self.tokenizer = model, tokenizer
-        self.target = target or _target(model, dtype)
+        self.tokenizer = tokenizer
+        self.target: Target
+        if target is not None:
+            self.target, self.model = target, model
+        else:
+            self.target, self.model = drafting.target(model, dtype)
         device = "cuda" if getattr(model, "device", torch.device("cpu")).type == "cuda" else "cpu"
         self.prices = prices or Costs(self.target.name, device, profiling)
-        drafters = drafting.make(self.target, model, tokenizer)
+        drafters = drafting.make(self.target, self.prices, self.model, tokenizer)
         kinds: dict[str, type[Base]] = {"cast": CastPolicy, "eagle2": FixedPolicy}
         policy = kinds.get(mode, CostPolicy)(drafters, _unknown)
         self.engine = Engine(self.target, drafters, policy, self.prices)
@@ -185,16 +187,6 @@ def generate(
         decoder = TreeDecoder(model, draft=draft, mode=mode, tokenizer=tokenizer)
         held[draft, mode] = decoder
     return decoder.generate(inputs, **options)
-
-
-def _target(model: Any, dtype: torch.dtype | None) -> Target:
-    """What verifies: generated code on the CPU, the model's own elsewhere."""
-    device = getattr(model, "device", torch.device("cpu"))
-    if device.type == "cpu":
-        return target_of(model, dtype=dtype)
-    if dtype is not None and dtype != model.dtype:
-        raise TargetError(f"the model is {model.dtype}: load it in {dtype}")
-    return HFTarget(model)
 
 
 def _unknown(rows: int) -> float:

@@ -8,8 +8,8 @@ are folded into the query's length, so that keys are not repeated.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,8 +158,12 @@ def _no_cache() -> Any:
 class HFTarget:
     """A causal language model of transformers; see :class:`~skimp.runtime.tree.target.Target`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, blocks: Mapping[str, nn.Module] | None = None) -> None:
         """Check that trees can be verified on a model.
+
+        Args:
+            model: It stays as it is.
+            blocks: By name of a module: what runs in its place in ``verify(.., sparse=True)``.
 
         Raises:
             TargetError: They cannot, and why.
@@ -168,6 +172,7 @@ class HFTarget:
         if refusal:
             raise TargetError(f"{type(model).__name__} cannot verify token trees: {refusal}")
         self.model = model
+        self.blocks = dict(blocks or {})
         self.config: Any = self.model.config.get_text_config()
         self.head: nn.Module = self.model.get_output_embeddings()
         weight: Tensor = self.head.weight
@@ -205,7 +210,12 @@ class HFTarget:
         return found
 
     def verify(
-        self, tokens: Sequence[Tensor], parents: Sequence[Tensor], *, grow: bool = False
+        self,
+        tokens: Sequence[Tensor],
+        parents: Sequence[Tensor],
+        *,
+        grow: bool = False,
+        sparse: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run one tree per row in one pass.
 
@@ -214,11 +224,30 @@ class HFTarget:
             parents: By row.
             grow: These nodes come below those of the calls since the last commit, and parents
                 count from the first of them. Rows may get no nodes.
+            sparse: Converted networks run only the experts their routers choose.
         """
         if not grow:
             for row in self._rows:
                 row.forget()
-        return self._run(tokens, parents, None)
+        with self._routed() if sparse else nullcontext():
+            return self._run(tokens, parents, None)
+
+    def threshold(self, tau: float) -> None:
+        """Set how much experts must matter in ``verify(.., sparse=True)``, in all layers."""
+        for block in self.blocks.values():
+            block.tau.fill_(tau)  # type: ignore[operator]
+
+    @contextmanager
+    def _routed(self) -> Iterator[None]:
+        """For one pass: the sparse networks in their places."""
+        dense = {name: self.model.get_submodule(name) for name in self.blocks}
+        try:
+            for name, block in self.blocks.items():
+                self.model.set_submodule(name, block)
+            yield
+        finally:
+            for name, module in dense.items():
+                self.model.set_submodule(name, module)
 
     def keep(self, accepted: Sequence[Tensor]) -> None:
         """Commit a path per row."""
