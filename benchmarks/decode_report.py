@@ -1,0 +1,273 @@
+"""What benchmarks/decode.py found, and docs/decode.md of it."""
+
+import json
+import statistics
+
+from decode_ways import FIXED_WAYS, WAYS
+
+GOALS = (
+    ("tree", "HF generate", 3.0),
+    ("tree", "best plain PyTorch", 2.0),
+    ("tree", "EAGLE-2", 1.1),
+    ("tree", "best fixed tree in hindsight", 0.97),
+    ("plain", "llama.cpp F32", 0.95),
+    ("plain bfloat16", "llama.cpp BF16", 0.95),
+    ("tree", "llama.cpp F32", 2.0),
+    ("tree bfloat16", "llama.cpp BF16", 2.0),
+)
+PLAIN = ("HF generate", "torch.compile")
+
+
+def read(folder):
+    """Records by way and name of prompt."""
+    found = {}
+    for way in WAYS:
+        paths = sorted((folder / way).glob("*.json"))
+        records = {p.stem: json.loads(p.read_text()) for p in paths}
+        if records:
+            found[way] = records
+    return found
+
+
+def rate(records):
+    """Tokens per second of all records together."""
+    return sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records)
+
+
+def after_first(records):
+    """The same without the prompts' passes and the token that they give."""
+    kept = [r for r in records if r["first"] and r["tokens"] > len(r["texts"])]
+    if not kept:
+        return None
+    tokens = sum(r["tokens"] - len(r["texts"]) for r in kept)
+    return tokens / sum(r["seconds"] - r["first"] for r in kept)
+
+
+def ratio(a, b):
+    """How many times as fast as another a way is, over the prompts that both ran.
+
+    Returns:
+        Of all tokens and seconds, and quartiles of the prompts' own; ``None`` if none is shared.
+    """
+    shared = sorted(set(a) & set(b))
+    if not shared:
+        return None
+    each = [rate([a[n]]) / rate([b[n]]) for n in shared]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    total = rate([a[n] for n in shared]) / rate([b[n] for n in shared])
+    return dict(ratio=total, low=low, median=middle, high=high, prompts=len(shared))
+
+
+def family(name):
+    return name.rpartition("-")[0]
+
+
+def picked(records, wanted):
+    return {n: r for n, r in records.items() if (family(n) == "batch") == (wanted == "batch")}
+
+
+def summary(folder):
+    """Everything as figures."""
+    about = json.loads((folder / "about.json").read_text())
+    every = read(folder)
+    single = {w: picked(r, "single") for w, r in every.items()}
+    single = {w: r for w, r in single.items() if r}
+    batched = {w: r for w, found in every.items() if (r := picked(found, "batch"))}
+    families = sorted({family(n) for r in single.values() for n in r})
+    ways = {w: _way(r, families) for w, r in single.items()}
+    result = about | dict(families=families, ways=ways, goals=_goals(single))
+    result["batch of 8"] = {
+        w: dict(rate=rate(r.values()), batches=len(r), **_trees(r.values()))
+        for w, r in batched.items()
+    }
+    pairs = [("tree", w) for w in batched if w != "tree"] if "tree" in batched else []
+    result["batch of 8, ratios"] = {f"{a} / {b}": ratio(batched[a], batched[b]) for a, b in pairs}
+    return result
+
+
+def _way(records, families):
+    by = {f: [r for n, r in records.items() if family(n) == f] for f in families}
+    return dict(
+        prompts=len(records),
+        tokens=sum(r["tokens"] for r in records.values()),
+        rate=rate(records.values()),
+        rate_after_first=after_first(records.values()),
+        first_ms=1000 * statistics.median(r["first"] or 0 for r in records.values()),
+        near_ties=sum(r.get("ties", 0) for r in records.values()),
+        families={f: rate(r) for f, r in by.items() if r},
+        **_trees(records.values()),
+    )
+
+
+def _trees(records):
+    """Means over the reports of the engine, where there are."""
+    reports = [r["report"] for r in records if "report" in r]
+    if not reports:
+        return {}
+    steps = sum(r["steps"] for r in reports) or 1
+    accepted = sum(r["accepted"] for r in reports)
+    expected = sum(r["expected"] for r in reports)
+    sizes = {}
+    for r in reports:
+        for n, c in r["sizes"].items():
+            sizes[n] = sizes.get(n, 0) + c
+    return dict(
+        tokens_per_step=1 + accepted / (sum(r["row_steps"] for r in reports) or 1),
+        ms=dict(
+            draft=1000 * sum(r["draft"] for r in reports) / steps,
+            verify=1000 * sum(r["verify"] for r in reports) / steps,
+            other=1000 * sum(r["other"] for r in reports) / steps,
+        ),
+        time_error=statistics.median(r["time_error"] for r in reports),
+        accepted=accepted,
+        expected=expected,
+        sizes=dict(sorted(sizes.items(), key=lambda x: int(x[0]))),
+    )
+
+
+def _goals(single):
+    """What was to be reached, and what was."""
+
+    def best(names):
+        there = [n for n in names if n in single]
+        if "tree" not in single or not there:
+            return None
+        return min(
+            there, key=lambda n: (ratio(single["tree"], single[n]) or dict(ratio=9))["ratio"]
+        )
+
+    groups = {
+        "best plain PyTorch": best(PLAIN),
+        "best fixed tree in hindsight": best(FIXED_WAYS),
+    }
+    found = []
+    for a, b, goal in GOALS:
+        other = groups.get(b, b)
+        if a in single and other in single and (r := ratio(single[a], single[other])):
+            said = f"{b} ({other})" if b in groups else b
+            found.append(dict(way=a, against=said, goal=goal, reached=r["ratio"] >= goal, **r))
+    if "tree" in single and "plain" in single:
+        worst = None
+        for f in sorted({family(n) for n in single["tree"]}):
+            part = [
+                {n: r for n, r in single[w].items() if family(n) == f} for w in ("tree", "plain")
+            ]
+            r = ratio(*part)
+            if r and (worst is None or r["ratio"] < worst[1]["ratio"]):
+                worst = f, r
+        if worst:
+            r = worst[1]
+            found.append(
+                dict(way="tree", against=f"plain, worst family ({worst[0]})", goal=0.97,
+                     reached=r["ratio"] >= 0.97, **r)
+            )  # fmt: skip
+    return found
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def write_docs(result):
+    """docs/decode.md."""
+    text = f"""# Decoding with token trees: how fast
+
+Written by `python benchmarks/decode.py` from `benchmarks/results/decode.json`. {result["model"]},
+greedy, up to {result["tokens"]} new tokens, {result["machine"]}, torch {result["torch"]}.
+Prompts are of Spec-Bench's six families (chat: first turns of MT-Bench) and GSM8K, of at most
+{result["longest_prompt"]} tokens; ways take turns prompt by prompt. Every rate counts the prompt's
+pass. `plain` and `tree` run the generated step; `tree` sizes its trees by measured costs (lambda),
+`EAGLE-2` always verifies 60 nodes of 7 layers by 10, `CAST` follows arXiv 2510.26577, and `fixed n
+by d` verifies n nodes of d layers, all with the same drafter: n-grams of the prompt and the text so
+far, unless another is named.
+
+## What was to be reached
+
+"""
+    rows = [
+        [
+            f"`{g['way']}`", g["against"], f"{g['goal']:.2f}", f"{g['ratio']:.2f}",
+            f"{g['median']:.2f} ({g['low']:.2f}-{g['high']:.2f})", g["prompts"],
+            "yes" if g["reached"] else "**no**",
+        ]
+        for g in result["goals"]
+    ]  # fmt: skip
+    head = ["way", "against", "goal", "times as fast", "by prompt, quartiles", "prompts", "reached"]
+    text += table(head, rows)
+    ways, families = result["ways"], result["families"]
+    text += "\n## Tokens per second\n\n"
+    rows = []
+    for name, w in ways.items():
+        each = [f"{w['families'][f]:.1f}" if f in w["families"] else "" for f in families]
+        later = f"{w['rate_after_first']:.1f}" if w["rate_after_first"] else ""
+        step = f"{w['tokens_per_step']:.2f}" if "tokens_per_step" in w else ""
+        rows.append(
+            [name, f"**{w['rate']:.1f}**", later, *each, step, w["prompts"], w["near_ties"]]
+        )
+    head = ["way", "all", "after the first token", *families, "tokens per step", "prompts"]
+    text += table([*head, "near ties"], rows)
+    text += """
+A *near tie* is a text that left the dense model's own where its two likeliest tokens were less than
+a thousandth apart; any other difference stops the benchmark. llama.cpp's text is its own.
+
+## Where the time goes, and how well it is predicted
+
+"""
+    rows = []
+    for name, w in ways.items():
+        if "ms" in w:
+            ms = w["ms"]
+            rows.append([
+                name, f"{ms['draft']:.2f}", f"{ms['verify']:.2f}", f"{ms['other']:.2f}",
+                f"{w['first_ms']:.0f}", f"{w['time_error']:.1%}",
+                f"{w['accepted']} / {w['expected']:.0f}", _sizes(w["sizes"]),
+            ])  # fmt: skip
+    head = ["way", "draft, ms", "verify, ms", "other, ms", "first token, ms"]
+    head += ["time predicted, off by", "accepted / predicted", "rows verified: share of steps"]
+    text += table(head, rows)
+    if result["batch of 8"]:
+        text += "\n## Eight prompts at once\n\n"
+        rows = [
+            [
+                n,
+                f"{w['rate']:.1f}",
+                f"{w['tokens_per_step']:.2f}" if "ms" in w else "",
+                w["batches"],
+            ]
+            for n, w in result["batch of 8"].items()
+        ]
+        text += table(["way", "tokens per second", "tokens per step", "batches"], rows)
+    slower = [
+        f"`{g['way']}` against {g['against']}: {g['ratio']:.2f}"
+        for g in result["goals"]
+        if g["ratio"] < 1
+    ]
+    slower += [
+        f"{pair}, eight at once: {r['ratio']:.2f}"
+        for pair, r in result["batch of 8, ratios"].items()
+        if r and r["ratio"] < 1
+    ]
+    if "tree" in ways:
+        slower += [
+            f"`tree` against {n} on {f}: {ways['tree']['families'][f] / v:.2f}"
+            for n, w in ways.items()
+            for f, v in w["families"].items()
+            if f in ways["tree"]["families"] and ways["tree"]["families"][f] < v
+        ]
+    text += "\n## Slower\n\n" + (
+        "".join(f"- {s}\n" for s in slower) or "Nowhere in these tables.\n"
+    )
+    return text
+
+
+def _sizes(sizes):
+    """A histogram in a few words."""
+    total = sum(sizes.values())
+    parts = {"1": 0, "2-4": 0, "5-8": 0, "9-16": 0, "17-32": 0, "33-64": 0}
+    for n, count in sizes.items():
+        for name in parts:
+            if int(n) <= int(name.rpartition("-")[2]):
+                parts[name] += count
+                break
+    return ", ".join(f"{n}: {c / total:.0%}" for n, c in parts.items() if c)
