@@ -2,7 +2,7 @@
 
 Four processes share the machine: a member that answers at once, the server, the one compared with
 (litellm's proxy, if ``--litellm`` names its command), and this one, which asks. Rounds are
-interleaved. The search for a policy is timed too.
+interleaved.
 """
 
 import argparse
@@ -203,32 +203,6 @@ def compare(targets, at_once, count, rounds):
     return table
 
 
-def time_search(queries=10_000, members=3, k=5):
-    """Seconds to search all thresholds for a policy, both modes."""
-    import numpy as np
-    from skimp.runtime.cascade.calibrate import Goal, calibrate
-    from skimp.runtime.cascade.traces import MemberSpec, Table
-
-    rng = np.random.default_rng(0)
-    table = Table(
-        tuple(MemberSpec(f"m{j}", k) for j in range(members)),
-        rng.integers(0, 3, (queries, members)),
-        rng.integers(0, k + 1, (queries, members)) / k,
-        rng.gamma(4, 1e-4, (queries, members)) * 10.0 ** np.arange(members),
-        tuple(map(str, range(queries))),
-        "made",
-    )
-    found = {"queries": queries, "members": members, "samples": k}
-    for mode in ("paper", "strict"):
-        times = []
-        for seed in range(5):
-            begun = time.perf_counter()
-            calibrate(table, Goal(0.05, mode=mode, seed=seed))
-            times.append(time.perf_counter() - begun)
-        found[mode] = {"median": statistics.median(times), "spread": [min(times), max(times)]}
-    return found
-
-
 def cpu():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
@@ -274,15 +248,12 @@ def main():
                 child.terminate()
             for child in children:
                 child.wait(30)
-    search = time_search()
-    if not args.json:
-        print(f"policy search, {search['queries']} queries: {search['paper']['median']:.3f} s")
     if args.litellm:
         python = Path(args.litellm).with_name("python")
         code = "from importlib.metadata import version; print(version('litellm'))"
         found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
         versions["litellm"] = found.stdout.strip()
-    result = {"versions": versions, "at_once": levels, "search": search, "rounds": rounds}
+    result = {"versions": versions, "at_once": levels, "rounds": rounds}
     if not args.quick:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1))
