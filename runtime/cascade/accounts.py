@@ -11,7 +11,7 @@ from .ledger import Ledger
 from .member import MemberError
 from .metrics import Metrics
 from .policy import Policy
-from .price import most_prompt_tokens
+from .price import TOKEN_LIMITS, most_prompt_tokens, samples_billed, token_limit
 from .rows import Attempt, Request, Reservation
 from .trip import Entry, Trip
 
@@ -43,9 +43,9 @@ class Accounts:
 
     def limited(self, entry: Entry, request: Mapping[str, Any]) -> dict[str, Any]:
         """The request, with a limit of tokens if budgets need one."""
-        limits = ("max_tokens", "max_completion_tokens")
-        if self.capped and not any(isinstance(request.get(x), int) for x in limits):
-            return {**request, "max_tokens": entry.max_tokens}
+        if self.capped and token_limit(request) is None:
+            plain = {k: v for k, v in request.items() if k not in TOKEN_LIMITS}
+            return {**plain, "max_tokens": entry.max_tokens}
         return dict(request)
 
     async def reserve(
@@ -57,10 +57,8 @@ class Accounts:
             BudgetExceededError: There is not that much left.
             LedgerError: It could not be recorded.
         """
-        n = max(n, request["n"] if isinstance(request.get("n"), int) else 1)
-        limit = request.get("max_completion_tokens") or request.get("max_tokens")
-        out = limit if isinstance(limit, int) and limit > 0 else entry.max_tokens
-        amount = entry.price.of(most_prompt_tokens(request), out * n)
+        out = token_limit(request) or entry.max_tokens
+        amount = entry.price.of(most_prompt_tokens(request), out * samples_billed(request, n))
         now = time.time()
         held = Reservation(
             uuid.uuid4().hex,
@@ -99,7 +97,7 @@ class Accounts:
         reported = usage is not None
         if usage is not None:
             prompt, out = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-        elif error is not None and (error.status is not None or error.kind == "connection"):
+        elif error is not None and error.free:
             prompt = out = 0
         else:
             prompt, out = most_prompt_tokens(request) // 4, delivered
@@ -126,7 +124,7 @@ class Accounts:
 
     def finish(self, trip: Trip, status: str) -> "asyncio.Future[None]":
         """Record the request; once this is written, so are all its attempts."""
-        trip.finished = True
+        trip.finished, trip.status = True, status
         bound = trip.policy.bound
         row = Request(
             id=trip.id,

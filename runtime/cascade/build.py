@@ -1,6 +1,8 @@
 """From a configuration to a gateway."""
 
 import hashlib
+import json
+import logging
 from pathlib import Path
 
 from .config import Config, ConfigError, MemberConfig, price_of, secret
@@ -10,6 +12,8 @@ from .member import Member
 from .policy import Policy, Single, load_policy
 from .rows import Budget
 from .trip import Entry
+
+log = logging.getLogger("skimp.serve")
 
 
 def build_gateway(config: Config, folder: Path = Path()) -> Gateway:
@@ -25,6 +29,8 @@ def build_gateway(config: Config, folder: Path = Path()) -> Gateway:
     """
     policies = build_policies(config, folder)
     entries = {name: build_entry(name, m, folder) for name, m in config.members.items()}
+    for policy in policies.values():
+        _compare_prices(policy, entries)
     budgets = config.budget is not None or any(c.budget for c in config.callers.values())
     return Gateway(
         entries,
@@ -34,6 +40,18 @@ def build_gateway(config: Config, folder: Path = Path()) -> Gateway:
         timeout=config.server.timeout_s,
         capped=budgets,
     )
+
+
+def _compare_prices(policy: Policy, entries: dict[str, Entry]) -> None:
+    """Say so where a member costs something else than when its policy was calibrated."""
+    for told in getattr(policy, "record", {}).get("members", ()):
+        entry, then = entries.get(told["name"]), told.get("price")
+        if entry is None or then is None:
+            continue
+        now = {"input": entry.price.input, "output": entry.price.output}
+        if now != then:
+            event = {"event": "price", "policy": policy.name, "member": entry.name}
+            log.warning(json.dumps(event | {"calibrated": then, "configured": now}))
 
 
 def build_policies(config: Config, folder: Path) -> dict[str, Policy]:
@@ -86,10 +104,14 @@ def build_member(name: str, member: MemberConfig) -> Member:
 
 def caller_keys(config: Config) -> dict[bytes, str]:
     """Callers by the hash of their key; the keys themselves are not kept."""
-    return {
-        hashlib.sha256(secret(c.key, f"callers.{name}.key").encode()).digest(): name
-        for name, c in config.callers.items()
-    }
+    found: dict[bytes, str] = {}
+    for name, c in config.callers.items():
+        where = f"callers.{name}.key"
+        key = hashlib.sha256(secret(c.key, where).encode()).digest()
+        if key in found:
+            raise ConfigError(f"{where}: the same key as that of {found[key]!r}")
+        found[key] = name
+    return found
 
 
 def caller_budgets(config: Config) -> dict[str, tuple[Budget, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...ir.errors import CalibrationError
 from .member import MemberError, choice_message
+from .price import most_prompt_tokens
 from .traces import MemberSpec
 from .trip import Entry
 
@@ -19,7 +20,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """
     prompts = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}") from error
     for at, line in enumerate(lines, 1):
@@ -94,10 +95,14 @@ async def _samples(entry: Entry, spec: MemberSpec, body: dict[str, Any]) -> list
         asked = {**body, "n": n} if n > 1 else body
         try:
             reply = await entry.member.complete("chat/completions", asked)
-        except MemberError as error:
-            found += [{"error": error.kind, "cost": 0.0}] * n
+        except MemberError as error:  # it may have cost what the server would say of it
+            guess = 0 if error.free else most_prompt_tokens(asked) // 4
+            failed = {"error": error.kind, "prompt_tokens": guess, "completion_tokens": 0}
+            found += [failed | {"cost": entry.price.of(guess, 0)}]
+            found += [{"error": error.kind, "cost": 0.0}] * (n - 1)
             continue
-        usage, choices = reply.usage or {}, reply.body["choices"][:n]
+        choices = reply.body["choices"][:n]
+        usage = reply.usage or _assumed(asked, choices)
         prompt = int(usage.get("prompt_tokens", 0))
         each, rest = divmod(int(usage.get("completion_tokens", 0)), len(choices))
         for i, choice in enumerate(choices):  # what the call used adds up over its samples
@@ -112,6 +117,12 @@ async def _samples(entry: Entry, spec: MemberSpec, body: dict[str, Any]) -> list
                 }
             )
     return found + [{"error": "missing", "cost": 0.0}] * (spec.samples - len(found))
+
+
+def _assumed(asked: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Usage where the member reports none, as the server would estimate it."""
+    text = json.dumps([choice_message(c).get("content") for c in choices])
+    return {"prompt_tokens": most_prompt_tokens(asked) // 4, "completion_tokens": len(text) // 4}
 
 
 def _done(out: Path) -> set[str]:

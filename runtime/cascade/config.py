@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...ir.errors import SkimpError
 from ..economics import measured_price
-from .price import Price
+from .price import TOKEN_LIMITS, Price
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -26,6 +26,10 @@ class PriceConfig(_Strict):
 
     input: Annotated[float, Field(ge=0)]
     output: Annotated[float, Field(ge=0)]
+
+
+_OWN = {"model", "messages", "prompt", "stream", "n", "best_of", *TOKEN_LIMITS}
+"""What a request says or skimp decides; set behind their backs, no reservation would hold."""
 
 
 class MemberConfig(_Strict):
@@ -69,6 +73,8 @@ class MemberConfig(_Strict):
             raise ValueError("give either `url` or `local`")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} is neither http nor https")
+        if taken := sorted(_OWN & set(self.params)):
+            raise ValueError(f"params: {', '.join(taken)} cannot be set here")
         return self
 
 
@@ -129,6 +135,9 @@ class Config(_Strict):
             raise ValueError("no members")
         if "skimp" in self.members:
             raise ValueError("a member cannot be called 'skimp': that asks for the active policy")
+        for name in (*self.members, *self.policies, *self.callers):
+            if not 0 < len(name) <= 200 or not name.isprintable():  # it goes into the ledger
+                raise ValueError(f"{name[:40]!r} is no name: 1 to 200 printable characters")
         for name, member in self.members.items():
             for other in member.fallback:
                 if other not in self.members or other == name:

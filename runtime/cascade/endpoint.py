@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import aiohttp
 
-from .member import Chunk, Kind, MemberError, Reply
+from .member import Chunk, Kind, MemberError, Reply, to_json
 
 MOST_BYTES = 32 << 20
 """Of one reply; a member that sends more is cut off."""
@@ -63,8 +64,7 @@ class Endpoint:
             self._session = None
 
     def _body(self, request: Mapping[str, Any], **more: Any) -> bytes:
-        body = {**self.defaults, **request, "model": self.model, **more}
-        return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+        return to_json({**self.defaults, **request, "model": self.model, **more})
 
     async def complete(self, kind: Kind, request: Mapping[str, Any]) -> Reply:
         """Post a request; ``stream`` is taken out of it."""
@@ -164,6 +164,9 @@ def _chunk(raw: bytes) -> dict[str, Any]:
 
 
 def _refused(response: aiohttp.ClientResponse, raw: bytes) -> MemberError:
+    status = response.status
+    if status < 400:  # a redirect, say: no error that a caller could do anything about
+        return MemberError("malformed", f"the member answered {status}")
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
@@ -172,7 +175,8 @@ def _refused(response: aiohttp.ClientResponse, raw: bytes) -> MemberError:
         wait = float(response.headers.get("retry-after", ""))
     except ValueError:
         wait = None
-    status = response.status
+    if wait is not None and not math.isfinite(wait):
+        wait = None
     return MemberError(str(status), f"the member answered {status}", status, wait, body)
 
 

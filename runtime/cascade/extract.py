@@ -16,7 +16,9 @@ Extractor = Callable[[str], str | None]
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _CHOICE = re.compile(
-    r"(?:answer|option|choice)\s*(?:is|:)?\s*\**\(?([A-J])\b|^\W*([A-J])\W*$|\(([A-J])\)",
+    # nothing here may run over lines without end: models that go wrong write thousands of blanks
+    r"(?:answer|option|choice)\s{0,9}(?:is|:)?\s{0,9}\*{0,9}\(?([A-J])\b"
+    r"|^[^\w\n]*([A-J])[^\w\n]*$|\(([A-J])\)",
     re.IGNORECASE | re.MULTILINE,
 )
 _FENCE = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
@@ -84,11 +86,12 @@ def json_field(path: str) -> Extractor:
 
 def _last_object(text: str) -> Any:
     decoder, found, at = json.JSONDecoder(), None, text.find("{")
-    while at >= 0:
+    failures = 0
+    while at >= 0 and failures < 200:  # each may read to the end of the text
         try:
             found, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            end = at + 1
+            end, failures = at + 1, failures + 1
         at = text.find("{", end)
     return found
 
@@ -141,18 +144,22 @@ def extractor(name: str) -> Extractor:
 def answer_of(message: Mapping[str, Any], extract: Extractor) -> str | None:
     """The answer in a chat message. Calls of tools are one, whatever their ids and spacing."""
     if calls := message.get("tool_calls"):
-        return json.dumps([_call(c.get("function") or {}) for c in calls], sort_keys=True)
+        calls = calls if isinstance(calls, list) else [calls]
+        return json.dumps([_call(c) for c in calls], sort_keys=True)
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
     return extract(content) if isinstance(content, str) else None
 
 
-def _call(function: Mapping[str, Any]) -> list[Any]:
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
     arguments = function.get("arguments")
     try:
         return [function.get("name"), json.loads(arguments or "{}")]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return [function.get("name"), arguments]
 
 

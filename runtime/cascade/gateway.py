@@ -19,7 +19,7 @@ from .member import MemberError, Reply, choice_message
 from .policy import Call, Hop, Policy, Serve
 from .relay import Relay, in_chunks
 from .rows import BudgetExceededError
-from .trip import Answer, Entry, Query, Trip, UnavailableError
+from .trip import Answer, Entry, Kept, Query, Trip, UnavailableError, header_text
 
 
 class Gateway:
@@ -82,8 +82,14 @@ class Gateway:
         """
         trip = Trip(query, policy)
         try:
-            async with asyncio.timeout(self.timeout):
-                return await self._climb(trip)
+            try:
+                async with asyncio.timeout(self.timeout):
+                    return await self._climb(trip)
+            except TimeoutError:  # votes that are there already need no more time
+                best = trip.best()
+                if trip.finished or best is None:
+                    raise
+                return await self._serve(trip, best, "degraded")
         except BaseException as error:
             if not trip.finished:
                 done = self.accounts.finish(trip, _status_of(error))
@@ -108,11 +114,7 @@ class Gateway:
                 if step.final and trip.hops[-1].ok:
                     return await self._serve(trip, len(trip.hops) - 1)
             except (UnavailableError, BudgetExceededError):
-                best = max(
-                    (i for i, h in enumerate(trip.hops) if h.ok),
-                    key=lambda i: trip.hops[i].confidence,
-                    default=None,
-                )
+                best = trip.best()
                 if best is None:
                     raise
                 return await self._serve(trip, best, "degraded")
@@ -154,6 +156,7 @@ class Gateway:
         """Count the votes of a hop."""
         find = self._extractor(trip.policy.extractor)
         choices = [(r, i) for r in replies for i in range(len(r.body["choices"]))]
+        del choices[step.samples :]  # a member may send more than it was asked for
         answers: list[str | None] = [
             answer_of(choice_message(r.body["choices"][i]), find) for r, i in choices
         ]
@@ -163,7 +166,7 @@ class Gateway:
         text = json.dumps(choice_message(choices[at][0].body["choices"][choices[at][1]]))
         asked = step.samples > 1 or not step.final
         trip.hops.append(Hop(step.member, tuple(padded), confidence, text, trip.cost))
-        trip.replies.append(choices[at])
+        trip.replies.append(Kept(*choices[at], name))
         usages = [r.usage or {} for r in replies]
         trip.route.append(
             {
@@ -181,13 +184,12 @@ class Gateway:
         kept = trip.replies[hop]
         if kept is None:
             raise UnavailableError("the policy chose a hop that failed")
-        reply, at = kept
-        trip.served, trip.confidence = trip.hops[hop].member, trip.hops[hop].confidence
+        trip.served, trip.confidence = kept.member, trip.hops[hop].confidence
         await self.accounts.finish(trip, status)
-        choice = {**reply.body["choices"][at], "index": 0}
-        several = isinstance(n := trip.query.body.get("n"), int) and n > 1
-        choices = reply.body["choices"] if several else [choice]
-        body = {**reply.body, "choices": choices, "skimp": trip.report()}
+        choices = kept.reply.body["choices"]
+        if not trip.query.several:
+            choices = [{**choices[kept.choice], "index": 0}]
+        body = {**kept.reply.body, "choices": choices, "skimp": trip.report()}
         if not trip.query.stream:
             return Answer(trip.headers(), body)
         return Answer(trip.headers(), stream=in_chunks(body, trip), report=trip.report)
@@ -206,8 +208,8 @@ class Gateway:
                         await _pause(failed, tries)
                         continue
                     break
-                trip.served = step.member
-                headers = trip.headers() | {"x-skimp-route": opened.path}
+                trip.served = name
+                headers = trip.headers() | {"x-skimp-route": header_text(opened.path)}
                 return Answer(headers, stream=opened.relay(), report=trip.report)
             trip.route.append({"member": name, "status": error.kind if error else "error"})
             if error is not None and not error.passing:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Kind = Literal["chat/completions", "completions"]
+MOST_TOKENS = (1 << 31) - 1
+"""Nobody's usage is larger; what claims to be was not counted, and no ledger could hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class MemberError(Exception):
         )
 
     @property
+    def free(self) -> bool:
+        """Whether it cost nothing: nobody charges for a refusal, or for what never arrived."""
+        return self.status is not None or self.kind == "connection"
+
+    @property
     def transient(self) -> bool:
         """Whether trying the same member again may help."""
         return self.kind in ("connection", "timeout") or (
@@ -69,7 +76,7 @@ class Chunk:
     @classmethod
     def of(cls, data: dict[str, Any]) -> "Chunk":
         """From an object, for members that have no bytes of their own."""
-        return cls(data, json.dumps(data, separators=(",", ":")).encode())
+        return cls(data, to_json(data))
 
 
 class Member(Protocol):
@@ -94,14 +101,23 @@ class Member(Protocol):
         """Give back connections or memory."""
 
 
+def to_json(value: Any) -> bytes:
+    """JSON in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, is escaped as it came."""
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
 def usage_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
     """A usable ``usage`` of a completion or a chunk, else ``None``."""
     usage = body.get("usage")
-    if not isinstance(usage, dict):
+    names = ("prompt_tokens", "completion_tokens")
+    if not isinstance(usage, dict) or not any(name in usage for name in names):
         return None
-    for name in ("prompt_tokens", "completion_tokens"):
+    for name in names:
         value = usage.get(name, 0)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if type(value) is not int or not 0 <= value <= MOST_TOKENS:
             return None
     return usage
 

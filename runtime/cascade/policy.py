@@ -6,6 +6,7 @@ next. It calls nobody and keeps nothing, so that it can be changed between two r
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ class Cascade:
     @property
     def bound(self) -> tuple[float, float] | None:
         """What calibration promised."""
-        if "budget" not in self.record:
+        if not math.isfinite(self.record.get("budget", math.inf)):
             return None
         return float(self.record["budget"]), float(self.record["alpha"])
 

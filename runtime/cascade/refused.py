@@ -1,9 +1,20 @@
-"""Errors as callers see them, in OpenAI's form."""
+"""Errors as callers see them, in OpenAI's form, and the requests that are refused at once."""
 
-from fastapi import Response
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from .member import MOST_TOKENS, Kind
 from .trip import UnavailableError
+
+log = logging.getLogger("skimp.serve")
+MOST_SAMPLES = 128
+MOST_DEPTH = 100
 
 
 class Refused(Exception):
@@ -15,7 +26,7 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.kind = status, message, code, kind
 
-    def response(self, headers: dict[str, str] | None = None) -> Response:
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """As a response."""
         error = {"message": self.message, "type": self.kind, "param": None, "code": self.code}
         return JSONResponse({"error": error}, self.status, headers)
@@ -34,3 +45,92 @@ def unavailable(error: UnavailableError) -> tuple[Response, str]:
         status = 504 if cause.kind == "timeout" else 502
         text = f"no member answered; the last: {cause.message}"
     return Refused(status, text, cause.kind, "server_error").response(), cause.kind
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """The body of a request.
+
+    Raises:
+        Refused: It is no JSON object, or one that no member could be sent.
+    """
+    try:
+        body = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not JSON", "bad_json") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "the body is not a JSON object", "bad_json")
+    if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH and _deep(body):
+        raise Refused(400, f"the body is nested more than {MOST_DEPTH} deep", "bad_json")
+    return body
+
+
+def check(body: Mapping[str, Any], kind: Kind) -> None:
+    """Refuse fields that skimp counts on and cannot read; others are the member's business.
+
+    A limit of tokens that members take for none, or a number of samples that they read from text,
+    would cost more than was reserved.
+
+    Raises:
+        Refused: Says which field.
+    """
+    wanted = "messages" if kind == "chat/completions" else "prompt"
+    given = body.get(wanted)
+    if not given or (wanted == "messages" and not isinstance(given, list)):
+        raise Refused(400, f"`{wanted}` is missing or empty", "missing_field")
+    if not isinstance(body.get("stream"), bool | None):
+        raise Refused(400, "`stream` is neither true nor false", "bad_field")
+    if not isinstance(body.get("stream_options"), dict | None):
+        raise Refused(400, "`stream_options` is not an object", "bad_field")
+    limits = {"n": (1, MOST_SAMPLES), "best_of": (1, MOST_SAMPLES)}
+    least = int(kind == "chat/completions")  # 0 asks a plain completion for the prompt's scores
+    limits |= dict.fromkeys(("max_tokens", "max_completion_tokens"), (least, MOST_TOKENS))
+    for name, (low, high) in limits.items():
+        value = body.get(name)
+        if value is not None and (type(value) is not int or not low <= value <= high):
+            raise Refused(400, f"`{name}` is not a whole number from {low} to {high}", "bad_field")
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Make the framework's own errors look like all others."""
+
+    @app.exception_handler(HTTPException)
+    async def known(_: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+        return Refused(error.status_code, str(error.detail), code).response(error.headers)
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> Response:
+        return failed(error)
+
+
+def failed(error: Exception) -> Response:
+    """A mistake of skimp's: its kind goes into the log, for the message may hold a prompt."""
+    log.error(json.dumps({"event": "error", "error": where(error)}))
+    return Refused(500, "the server made a mistake", "internal", "server_error").response()
+
+
+def where(error: BaseException) -> str:
+    """The kind of an error and the line that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return type(error).__name__
+    return f"{type(error).__name__} at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            held = item.values() if isinstance(item, dict) else item
+            inner += [v for v in held if isinstance(v, dict | list)]
+        if not inner:
+            return False
+        level = inner
+    return True

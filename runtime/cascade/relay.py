@@ -1,13 +1,12 @@
 """Streams to the caller: a member's as it comes, or a finished answer in chunks."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from .accounts import Accounts
-from .member import Chunk, MemberError, choice_message, usage_in
+from .member import Chunk, MemberError, choice_message, to_json, usage_in
 from .rows import Reservation
 from .trip import Entry, Trip
 
@@ -30,11 +29,17 @@ class Relay:
         self.first: Chunk | None = None
         self.usage: dict[str, Any] | None = None
         self.deltas = 0
+        self.characters = 0
 
     @property
     def path(self) -> str:
         """The route with this member at its end."""
         return ">".join(x for x in (self.trip.path, self.entry.name) if x)
+
+    @property
+    def delivered(self) -> int:
+        """Tokens that came, if the member never says: a piece is one at least, and may be many."""
+        return max(self.deltas, self.characters // 4)
 
     async def open(self) -> None:
         """Wait for the first chunk, so that a failure can still go elsewhere."""
@@ -82,7 +87,9 @@ class Relay:
         choices = chunk.data.get("choices")
         if not isinstance(choices, list):
             return chunk.raw
-        self.deltas += sum(1 for c in choices if isinstance(c, dict) and _says_something(c))
+        said = [n for c in choices if isinstance(c, dict) and (n := _characters(c))]
+        self.deltas += len(said)
+        self.characters += sum(said)
         if not choices and "usage" in chunk.data and not self.trip.query.wants_usage:
             return None
         return chunk.raw
@@ -96,7 +103,7 @@ class Relay:
             self.begun,
             self.request,
             self.usage,
-            self.deltas,
+            self.delivered,
             error=error if self.deltas == 0 else None,
         )
 
@@ -111,7 +118,7 @@ class Relay:
                 "samples": 1,
                 "confidence": None,
                 "prompt_tokens": usage.get("prompt_tokens", 0),
-                "completion_tokens": usage.get("completion_tokens", self.deltas),
+                "completion_tokens": usage.get("completion_tokens", self.delivered),
                 "cost": self.entry.price.of_usage(usage),
             }
         )
@@ -125,7 +132,7 @@ async def in_chunks(body: dict[str, Any], trip: Trip) -> AsyncIterator[bytes]:
     head: dict[str, Any] = keep | {"object": "chat.completion.chunk" if chat else "text_completion"}
 
     def chunk(**choice: Any) -> bytes:
-        return json.dumps({**head, "choices": [{"index": 0, **choice}]}).encode()
+        return to_json({**head, "choices": [{"index": 0, **choice}]})
 
     choice = body["choices"][0]
     if chat:
@@ -137,14 +144,15 @@ async def in_chunks(body: dict[str, Any], trip: Trip) -> AsyncIterator[bytes]:
     else:
         yield chunk(text=choice.get("text"), finish_reason=choice.get("finish_reason"))
     if trip.query.wants_usage:
-        yield json.dumps({**head, "choices": [], "usage": body.get("usage")}).encode()
+        yield to_json({**head, "choices": [], "usage": body.get("usage")})
 
 
-def _says_something(choice: Mapping[str, Any]) -> bool:
+def _characters(choice: Mapping[str, Any]) -> int:
+    """Of what a piece says: text, calls of tools, thoughts under whatever name."""
     delta = choice.get("delta")
-    if isinstance(delta, dict):
-        return bool(delta.get("content") or delta.get("tool_calls") or delta.get("reasoning"))
-    return bool(choice.get("text"))
+    if not isinstance(delta, dict):
+        return len(str(choice.get("text") or ""))
+    return sum(len(str(v)) for k, v in delta.items() if v and k != "role")
 
 
 async def _close(chunks: AsyncIterator[Chunk]) -> None:
@@ -154,6 +162,4 @@ async def _close(chunks: AsyncIterator[Chunk]) -> None:
 
 
 def _error_data(message: str, kind: str) -> bytes:
-    return json.dumps(
-        {"error": {"message": message, "type": "member_error", "code": kind}}
-    ).encode()
+    return to_json({"error": {"message": message, "type": "member_error", "code": kind}})

@@ -8,7 +8,25 @@ import uvicorn
 
 from .config import Config
 from .gateway import Gateway
+from .limits import Limited
 from .server import create_app
+
+
+def build_server(gateway: Gateway, config: Config, host: str, port: int) -> uvicorn.Server:
+    """The server, not yet running."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_app(gateway, config),
+            host=host,
+            port=port,
+            http=Limited,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=30,
+            timeout_keep_alive=30,
+        )
+    )
 
 
 def run(gateway: Gateway, config: Config, host: str, port: int) -> int:
@@ -18,18 +36,7 @@ def run(gateway: Gateway, config: Config, host: str, port: int) -> int:
         The exit status: 0, or 1 if the port cannot be had.
     """
     _log_to_stderr()
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(gateway, config),
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=30,
-            timeout_keep_alive=30,
-        )
-    )
+    server = build_server(gateway, config, host, port)
     gc.collect()
     gc.freeze()  # or every full collection walks all of torch, for a tenth of a second
     try:

@@ -5,25 +5,28 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from ...ir.errors import SkimpError
 from .build import caller_budgets, caller_keys
 from .config import Config
 from .gateway import Gateway
-from .member import Kind
+from .member import Kind, to_json
 from .policy import Policy, Single
-from .refused import Refused, unavailable
+from .price import answers_wanted
+from .refused import Refused, check, failed, handle_errors, parse, unavailable
 from .rows import BudgetExceededError, LedgerError
 from .sse import Events, unless_gone
 from .stats import summary
-from .trip import Query, UnavailableError
+from .trip import Answer, Query, UnavailableError
 
 log = logging.getLogger("skimp.serve")
 PAGE = Path(__file__).with_name("page.html")
@@ -35,7 +38,8 @@ _CSP = (
 def create_app(gateway: Gateway, config: Config) -> FastAPI:
     """The application; it closes the gateway when it stops."""
     face = _Face(gateway, config)
-    app = FastAPI(title="skimp", lifespan=face.lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="skimp", lifespan=face.lifespan, openapi_url=None)
+    handle_errors(app)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -84,6 +88,8 @@ def create_app(gateway: Gateway, config: Config) -> FastAPI:
         try:
             face.caller(request)
             hours = min(max(float(request.query_params.get("hours", 24)), 0.05), 24 * 90)
+            if not math.isfinite(hours):
+                raise ValueError(hours)
         except ValueError:
             return Refused(400, "hours is a number", "bad_hours").response()
         except Refused as refused:
@@ -142,8 +148,9 @@ class _Face:
             raise Refused(403, "requests from pages of other origins are refused", "origin")
         if not self.keys:
             return "anyone"
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        caller = self.keys.get(hashlib.sha256(given).digest())
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        known = scheme.lower() == "bearer"
+        caller = self.keys.get(hashlib.sha256(given.encode()).digest()) if known else None
         if caller is None:
             raise Refused(
                 401, "the API key is missing or unknown", "invalid_api_key", "authentication_error"
@@ -182,20 +189,13 @@ class _Face:
                     parts.append(part)
         except TimeoutError:
             raise Refused(408, "the body did not arrive within 60 s", "slow_body") from None
-        try:
-            body = json.loads(b"".join(parts))
-        except (ValueError, RecursionError):
-            raise Refused(400, "the body is not JSON", "bad_json") from None
-        if not isinstance(body, dict):
-            raise Refused(400, "the body is not a JSON object", "bad_json")
-        return body
+        except ClientDisconnect:
+            raise Refused(499, "the caller hung up", "disconnected") from None
+        return parse(b"".join(parts))
 
     def policy(self, body: dict[str, Any], kind: Kind) -> Policy:
         """Who answers: by ``model``, the active policy, another one, or a member alone."""
-        wanted = "messages" if kind == "chat/completions" else "prompt"
-        given = body.get(wanted)
-        if not given or (wanted == "messages" and not isinstance(given, list)):
-            raise Refused(400, f"`{wanted}` is missing or empty", "missing_field")
+        check(body, kind)
         model, gateway = body.get("model"), self.gateway
         if model == "skimp":
             policy = gateway.policies[gateway.active]
@@ -206,8 +206,7 @@ class _Face:
         else:
             names = [m["id"] for m in self.models()["data"]]
             raise Refused(404, f"no model {model!r}; there are {names}", "model_not_found")
-        n = body.get("n")
-        if isinstance(n, int) and n > 1:  # several answers to choose from are no vote
+        if answers_wanted(body) > 1:  # several answers to choose from are no vote
             return Single(policy.members[-1], policy.extractor)
         return policy
 
@@ -226,6 +225,7 @@ class _Face:
         begun = time.perf_counter()
         facts: dict[str, Any] = {"event": "request", "path": kind}
         if self.in_flight >= self.config.server.max_in_flight:
+            log.info(json.dumps(facts | {"status": 503, "code": "overloaded"}))
             busy = Refused(503, "too many requests are under way", "overloaded", "server_error")
             return busy.response({"retry-after": "1"})
         self.in_flight += 1
@@ -246,8 +246,8 @@ class _Face:
             facts |= {"status": 200, **{k[2:]: v for k, v in answer.headers.items()}}
             if answer.stream is not None:
                 streaming = True
-                return Events(answer, self._done)
-            raw = json.dumps(answer.body, separators=(",", ":"), ensure_ascii=False).encode()
+                return Events(answer, lambda: self._done(facts, begun, answer), self._limit())
+            raw = to_json(answer.body)
             return Response(raw, media_type="application/json", headers=answer.headers)
         except Refused as refused:
             facts |= {"status": refused.status, "code": refused.code}
@@ -263,16 +263,26 @@ class _Face:
             response, code = unavailable(error)
             facts |= {"status": response.status_code, "code": code}
             return response
+        except Exception as error:
+            facts |= {"status": 500, "code": "internal"}
+            return failed(error)
         finally:
             if not streaming:
-                self._done()
-            facts["ms"] = round(1000 * (time.perf_counter() - begun), 2)
-            log.info(json.dumps(facts))
+                self._done(facts, begun)
 
-    def _done(self) -> None:
-        """A request is over, its stream too."""
+    def _limit(self) -> float:
+        """Seconds after which a caller who does not read is given up, and a little."""
+        return self.config.server.timeout_s + 1
+
+    def _done(self, facts: dict[str, Any], begun: float, streamed: Answer | None = None) -> None:
+        """A request is over, its stream too: one line in the log says what became of it."""
         self.in_flight -= 1
         self.gateway.metrics.in_flight.set(self.in_flight)
+        if streamed is not None and streamed.report is not None:
+            told = streamed.report()
+            facts |= {"stream": told["status"], "skimp-cost": f"{told['cost']:.9f}"}
+        facts["ms"] = round(1000 * (time.perf_counter() - begun), 2)
+        log.info(json.dumps(facts))
         while self.gateway.accounts.alarms:
             policy, alarm = self.gateway.accounts.alarms.pop(0)
             self.gateway.metrics.alarms.labels(policy).inc()

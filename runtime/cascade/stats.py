@@ -26,7 +26,8 @@ def summary(ledger: Ledger, hours: float = 24.0, now: float | None = None) -> di
     )
     bounded = sa.func.count(requests.c.bound)
     width = 3600 * hours / BUCKETS
-    bucket = sa.cast((requests.c.at - since) / width, sa.Integer)
+    whole = sa.func.floor if ledger.engine.dialect.name == "postgresql" else lambda x: x
+    bucket = sa.cast(whole((requests.c.at - since) / width), sa.Integer)  # PostgreSQL rounds
     with ledger.reader.connect() as c:
         head = c.execute(
             sa.select(
@@ -68,7 +69,7 @@ def summary(ledger: Ledger, hours: float = 24.0, now: float | None = None) -> di
         ).all()
         spending = c.execute(
             sa.select(
-                sa.cast((attempts.c.at - since) / width, sa.Integer).label("b"),
+                sa.cast(whole((attempts.c.at - since) / width), sa.Integer).label("b"),
                 attempts.c.member,
                 sa.func.sum(attempts.c.cost),
             )

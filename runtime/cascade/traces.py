@@ -81,7 +81,7 @@ def read_traces(path: Path) -> list[dict[str, Any]]:
         CalibrationError: It cannot be read, or a line is not a JSON object; says which.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}") from error
     rows = []
@@ -196,12 +196,12 @@ def _answer(sample: Mapping[str, Any], find: Any, where: str) -> str | None:
 
 
 def _cost(sample: Mapping[str, Any], member: MemberSpec, where: str) -> float:
-    if member.price is not None and "completion_tokens" in sample:
+    if member.price is not None and sample.get("completion_tokens") is not None:
         value = member.price.of(
-            int(sample.get("prompt_tokens", 0)), int(sample["completion_tokens"])
+            _number(sample, "prompt_tokens", where), _number(sample, "completion_tokens", where)
         )
-    elif "cost" in sample:
-        value = float(sample["cost"])
+    elif sample.get("cost") is not None:
+        value = _number(sample, "cost", where)
     else:
         raise CalibrationError(
             f"{where}: a sample without `cost`, and without tokens and a price; a failed call "
@@ -209,6 +209,15 @@ def _cost(sample: Mapping[str, Any], member: MemberSpec, where: str) -> float:
         )
     if not 0 <= value < float("inf"):
         raise CalibrationError(f"{where}: a cost of {value}")
+    return value
+
+
+def _number(sample: Mapping[str, Any], name: str, where: str) -> Any:
+    value = sample.get(name)
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CalibrationError(f"{where}: `{name}` is {value!r}, not a number")
     return value
 
 

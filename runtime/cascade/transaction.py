@@ -73,8 +73,9 @@ def apply(connection: Connection, ops: Sequence[Op]) -> None:
         if op.kind == "reserve":
             r: Reservation = op.row
             mine = [books[b.current(r.at)] for b in r.budgets]
-            short = next(
-                (b for b in mine if b["spent"] + b["reserved"] + r.amount > b["usd"]), None
+            short = next(  # what costs nothing is never refused, though a guess overspent
+                (b for b in mine if r.amount and b["spent"] + b["reserved"] + r.amount > b["usd"]),
+                None,
             )
             if short is not None:
                 left = max(0.0, short["usd"] - short["spent"] - short["reserved"])

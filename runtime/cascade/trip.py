@@ -5,12 +5,16 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from ...ir.errors import SkimpError
 from .member import Kind, Member, MemberError, Reply
 from .policy import Hop, Policy
-from .price import Price
+from .price import Price, answers_wanted
 from .rows import Budget
+
+MOST_HEADER = 4000
+"""Characters of a header of a response."""
 
 
 class UnavailableError(SkimpError):
@@ -49,10 +53,24 @@ class Query:
         return bool(self.body.get("stream"))
 
     @property
+    def several(self) -> bool:
+        """Whether the caller wants several answers, which are no votes."""
+        return answers_wanted(self.body) > 1
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the caller wants a chunk with usage."""
         options = self.body.get("stream_options")
         return isinstance(options, dict) and bool(options.get("include_usage"))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a hop would serve: a choice of a reply, and who gave it, a fallback perhaps."""
+
+    reply: Reply
+    choice: int
+    member: str
 
 
 @dataclass(slots=True)
@@ -65,13 +83,14 @@ class Trip:
     at: float = field(default_factory=time.time)
     begun: float = field(default_factory=time.perf_counter)
     hops: list[Hop] = field(default_factory=list)
-    replies: list[tuple[Reply, int] | None] = field(default_factory=list)
+    replies: list[Kept | None] = field(default_factory=list)
     route: list[dict[str, Any]] = field(default_factory=list)
     cost: float = 0.0
     estimate: float = 0.0
     served: str | None = None
     confidence: float | None = None
     finished: bool = False
+    status: str | None = None
 
     @property
     def path(self) -> str:
@@ -83,11 +102,17 @@ class Trip:
             for r in self.route
         )
 
+    def best(self) -> int | None:
+        """The hop to serve if no stronger member answers: the one that agrees with itself most."""
+        there = [i for i, hop in enumerate(self.hops) if hop.ok]
+        return max(there, key=lambda i: self.hops[i].confidence, default=None)
+
     def report(self) -> dict[str, Any]:
         """What the response says of the route."""
         return {
             "request": self.id,
             "policy": self.policy.name,
+            "status": self.status,
             "route": self.route,
             "cost": self.cost,
             "estimate": self.estimate,
@@ -97,10 +122,19 @@ class Trip:
         """What the response's headers say of it, as far as it is known."""
         return {
             "x-skimp-request": self.id,
-            "x-skimp-policy": self.policy.name,
-            "x-skimp-route": self.path,
+            "x-skimp-policy": header_text(self.policy.name),
+            "x-skimp-route": header_text(self.path),
             "x-skimp-cost": f"{self.cost:.9f}",
         }
+
+
+def header_text(text: str) -> str:
+    """As a header can carry it: ASCII, the rest quoted as in a URL, and not too long.
+
+    aiohttp's clients, for example, take no header of more than 8190 bytes.
+    """
+    quoted = quote(text, safe="".join(map(chr, range(32, 127))).replace("%", ""))
+    return quoted if len(quoted) <= MOST_HEADER else quoted[: MOST_HEADER - 3] + "..."
 
 
 @dataclass(frozen=True, slots=True)

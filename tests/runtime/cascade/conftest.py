@@ -16,10 +16,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("aiohttp")
-import uvicorn
 from skimp.runtime.cascade.build import build_gateway
 from skimp.runtime.cascade.config import parse_config
-from skimp.runtime.cascade.server import create_app
+from skimp.runtime.cascade.run import build_server
 
 HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("skimp_test_stub", HERE / "stub.py")
@@ -55,10 +54,7 @@ class Running:
     def __init__(self, config, folder):
         self.config = parse_config(config)
         self.gateway = build_gateway(self.config, folder)
-        app = create_app(self.gateway, self.config)
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", access_log=False)
-        )
+        self.server = build_server(self.gateway, self.config, "127.0.0.1", 0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         end = time.monotonic() + 20
@@ -109,12 +105,16 @@ def write_policy(tmp_path):
     """A function that writes a policy file with thresholds of one's own."""
     from skimp.runtime.cascade import policy
 
-    def write(members, thresholds, **more):
+    def write(members, thresholds, prices=None, **more):
+        told = [{"name": n, "samples": k} for n, k in members]
+        for member in told:
+            if price := (prices or {}).get(member["name"]):
+                member["price"] = price
         record = {
             "format": policy.FORMAT,
             "version": policy.VERSION,
             "extractor": "number",
-            "members": [{"name": n, "samples": k} for n, k in members],
+            "members": told,
             "thresholds": thresholds,
             "budget": 1.0,
             "alpha": 0.1,

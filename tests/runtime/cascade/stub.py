@@ -55,7 +55,7 @@ class Stub:
             self.bodies.append(body)
         text = body["messages"][-1]["content"] if chat else body["prompt"]
         if isinstance(text, list):
-            text = " ".join(p.get("text", "") for p in text)
+            text = " ".join(p if isinstance(p, str) else p.get("text", "") for p in text)
         told = dict(t.split("=", 1) for t in text.split() if "=" in t)
         act, _, rest = told.get(model, "ok:42").partition(":")
         self.under_way += 1
@@ -65,6 +65,10 @@ class Stub:
             self.under_way -= 1
 
     async def act(self, request, body, model, chat, act, rest):
+        if act == "302":
+            return web.json_response({"moved": True}, status=302, headers={"location": "/x"})
+        if act == "later":
+            return web.json_response({}, status=429, headers={"retry-after": rest})
         if act.isdigit():
             error = {"error": {"message": f"told to say {act}", "type": "stub", "code": act}}
             headers = {"retry-after": "0"} if act == "429" else {}
@@ -79,7 +83,8 @@ class Stub:
         if act == "slow":
             await asyncio.sleep(float(rest))
             rest = "42"
-        n = body.get("n", 1)
+        prompts = 1 if chat or isinstance(body["prompt"], str) else len(body["prompt"])
+        n = body.get("n", 1) * prompts + 4 * (act == "extra")
         answers = rest.split("|")
         texts = []
         for _ in range(n):
@@ -89,6 +94,10 @@ class Stub:
             return await self.stream(request, body, model, chat, act, rest, texts[0])
         choices = [self.choice(i, t, chat, body) for i, t in enumerate(texts)]
         usage = self.bill(model, PROMPT, COMPLETION * n)
+        if act == "usage":
+            usage = json.loads(rest)
+        if act == "calls":
+            choices[0]["message"] |= {"tool_calls": json.loads(rest)}
         return web.json_response(
             {"id": "stub-1", "object": "x", "model": model, "choices": choices, "usage": usage}
         )
@@ -123,6 +132,9 @@ class Stub:
                 "choices": [{"index": 0, "finish_reason": finish, **delta}],
             }
 
+        if act == "flood":
+            for _ in range(4000):
+                await send(piece("x" * 16384))
         pieces = int(rest) if act in ("halt", "break") else 5
         for i in range(pieces):
             await send(piece(f"{text} " if act == "ok" and i == 0 else f"w{i} "))

@@ -24,6 +24,7 @@ from skimp.runtime.cascade.calibrate import (
     split,
     validate,
 )
+from skimp.runtime.cascade.collect import read_prompts
 from skimp.runtime.cascade.extract import vote
 from skimp.runtime.cascade.frontier import cost_frontier
 from skimp.runtime.cascade.policy import load_policy, policy_record, save_policy
@@ -433,6 +434,18 @@ def test_a_policy_file_is_checked(gsm, tmp_path):
         load_policy(path)
 
 
+def test_a_text_may_hold_other_line_ends(tmp_path):
+    text = "one\u2028two\x85three\x0cso 4"
+    sample = {"text": text, "cost": 1e-6}
+    row = {"id": 1, "members": {n: {"samples": [sample]} for n in ("a", "b")}}
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(json.dumps(row, ensure_ascii=False).encode() + b"\r\n")
+    table = tabulate(read_traces(path), [MemberSpec("a", 1), MemberSpec("b", 1)])
+    assert len(table) == 1
+    path.write_bytes(json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\n")
+    assert read_prompts(path)[0]["messages"][0]["content"] == text
+
+
 def test_bad_traces_are_refused(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"members": {}}\nnot json\n')
@@ -456,6 +469,10 @@ def test_bad_traces_are_refused(tmp_path):
         tabulate([twin, twin], two)
     with pytest.raises(CalibrationError, match="cost of nan"):
         tabulate([{"members": {"a": one(text="1"), "b": one(text="2", cost=float("nan"))}}], two)
+    for wrong in (dict(cost="1"), dict(cost=None), dict(cost=True)):
+        odd = {"members": {"a": one(text="1"), "b": one(text="2", **wrong)}}
+        with pytest.raises(CalibrationError, match="member 'b'"):
+            tabulate([odd], two)
     with pytest.raises(CalibrationError, match="2 are to be drawn"):
         tabulate([twin], [MemberSpec("a", 2), MemberSpec("b", 1)])
     for bad in (

@@ -17,7 +17,7 @@ from skimp.runtime.cascade.rows import (
     Request,
     Reservation,
 )
-from skimp.runtime.cascade.stats import summary
+from skimp.runtime.cascade.stats import BUCKETS, summary
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -71,6 +71,21 @@ def test_money_is_reserved_settled_and_given_back(url):
     assert rows(ledger, "reservations") == []
     told = summary(ledger)
     assert (told["requests"], told["cost"]) == (1, pytest.approx(0.1))
+    ledger.close()
+
+
+def test_buckets_of_time_are_the_same_everywhere(url):
+    """PostgreSQL rounds where SQLite cuts off."""
+    ledger, now = Ledger(url), 1_700_000_000.0
+
+    async def work():
+        for i, share in enumerate((0.7, 1.2, 47.9)):
+            at = now - 3600 + 3600 * share / BUCKETS
+            row = Request(str(i), at, "a", "p", "d", "m", "m", "ok", 1.0, 0.1, 0.0, None, 0.1)
+            await ledger.finish(row)
+
+    asyncio.run(work())
+    assert [r["bucket"] for r in summary(ledger, 1, now)["line"]] == [0, 1, 47]
     ledger.close()
 
 

@@ -190,7 +190,28 @@ def test_collect_goes_on_where_it_was(provider, tmp_path):
     assert sorted(r["id"] for r in rows) == ["q0", "q1", "q2", "q3"]
     assert len(rows[0]["members"]["small"]["samples"]) == 3
     assert rows[0]["members"]["small"]["samples"][0]["cost"] == pytest.approx((11 + 14) * 1e-6)
-    assert rows[0]["members"]["large"]["samples"] == [{"error": "500", "cost": 0.0}]
+    assert rows[0]["members"]["large"]["samples"] == [
+        {"error": "500", "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
+    ]
+
+
+def test_collecting_counts_what_a_failure_may_have_cost(provider, tmp_path):
+    """As the server counts it: a member that times out must not be taken for a cheap one."""
+    stub = provider()
+    member = {"url": stub.url, "price": {"input": 1, "output": 2}, "timeout_s": 0.5}
+    config = {"members": {"silent": member, "mute": member, "down": member}}
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    prompts = tmp_path / "q.jsonl"
+    text = "silent=stall mute=usage:null down=drop"
+    prompts.write_text(json.dumps({"id": "q", "prompt": text}))
+    out = tmp_path / "t.jsonl"
+    done = run("cascade", "collect", tmp_path / "c.yaml", "--prompts", prompts, "-o", out)
+    assert done.exit_code == 0, done.output
+    members = json.loads(out.read_text())["members"]
+    cost = {n: m["samples"][0]["cost"] for n, m in members.items()}
+    assert cost["silent"] > 1e-5
+    assert cost["mute"] > cost["silent"]  # and what it said
+    assert cost["down"] == 0  # it never answered, and nobody charges for that
 
 
 def test_serve_refuses_what_would_be_unsafe(tmp_path):
