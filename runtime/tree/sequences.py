@@ -100,9 +100,14 @@ class Sequences:
         )
         return self.decoder.step(rows, self._cache, sparse=sparse)
 
-    def keep(self, accepted: Sequence[Tensor]) -> None:
-        """Commit a path per row, ascending; where it is 0, 1, .. nothing is copied."""
+    def keep(self, accepted: Sequence[Tensor | None]) -> None:
+        """Commit a path per row, ascending; where it is 0, 1, .. nothing is copied.
+
+        Other nodes of the row are let go of. ``None`` leaves a row alone.
+        """
         for row, path in zip(self._rows, accepted, strict=True):
+            if path is None:
+                continue
             if len(path) and int(path[-1]) != len(path) - 1:
                 self.decoder.keep(
                     self._cache, row.slot, row.length, path.to(torch.int64).contiguous()
