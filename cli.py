@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .cli_cascade import cascade, serve
 from .cli_economics import economics
-from .cli_tree import generate
+from .cli_tree import generate, train_drafter
 from .ir.cost import cache_dir
 from .ir.errors import SkimpError
 
@@ -34,6 +34,9 @@ app.add_typer(cascade, name="cascade")
 app.add_typer(economics, name="economics")
 app.command(epilog="Example:  skimp serve cascade.yaml --port 8080")(serve)
 app.command(epilog="Example:  skimp generate smollm2 --prompt 'Why is the sky blue?'")(generate)
+app.command("train-drafter", epilog="Example:  skimp train-drafter smollm2 --prompts prompts.txt")(
+    train_drafter
+)
 _out = Console()
 _err = Console(stderr=True)
 

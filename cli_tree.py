@@ -1,4 +1,4 @@
-"""The command that decodes: ``skimp generate``."""
+"""The commands that decode: ``skimp generate``, and ``skimp train-drafter`` for its drafts."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_console import AsJson, err, print_json
+from .cli_console import AsJson, err, print_json, progress
 from .ir.errors import SkimpError
 
 _DTYPES = ("float32", "bfloat16")
@@ -20,7 +20,7 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 256,
     draft: Annotated[
-        str, typer.Option(help="ngram, model:PATH, sparse; several with commas between.")
+        str, typer.Option(help="ngram, model:PATH, head:PATH, sparse; several with commas between.")
     ] = "ngram",
     mode: Annotated[str, typer.Option(help="lambda, cast, eagle2 or plain.")] = "lambda",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -102,6 +102,53 @@ def generate(
     table = Table(show_header=False, box=None)
     for name, value in report.lines():
         table.add_row(name, value)
+    err.print(table)
+
+
+def train_drafter(
+    model: Annotated[str, typer.Argument(help="'smollm2', a folder, or a model on the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the head.")] = Path("out/head"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts like those to come, one a line; else Python's own.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="To write text and train, in all.")] = 40.0,
+    words: Annotated[int, typer.Option(help="Tokens it may draft, the most used ones.")] = 8192,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a head that drafts for a model, on text that the model writes itself.
+
+    Start it again after an interruption with the same options, and it goes on where it was. Then
+    decode with ``skimp generate MODEL --draft ngram,head:FOLDER``.
+    """
+    from .passes.data import embedded_text
+    from .runtime.models import load_decoder
+    from .runtime.tree.fused import FusedTarget
+    from .runtime.tree.train import Recipe, train
+
+    if prompts is None:
+        texts = [f"Explain this: {p}" for p in embedded_text()[:4000]]
+    else:
+        try:
+            texts = [x for x in prompts.read_text(encoding="utf-8").splitlines() if x.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SkimpError(f"{prompts} cannot be read: {error}") from error
+    loaded = load_decoder(model)
+    ids = [_encode(loaded.tokenizer, t, raw) for t in texts]
+    bars, told = progress()
+    with bars:
+        found = train(
+            FusedTarget(loaded.model), ids, out, Recipe(minutes=minutes, words=words),
+            stop=_ends(loaded.model),
+            progress=lambda stage, done, total, note="": told(stage, done, total),
+        )  # fmt: skip
+    if as_json:
+        print_json(found)
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("likeliest token right", f"{found['first']:.0%} (then {found['later']:.0%})")
+    table.add_row("trained on", f"{found['tokens']:,} tokens, {found['steps']:,} steps")
+    table.add_row("head", f"{found['file']} ({found['bytes'] / 1e6:.1f} MB)")
     err.print(table)
 
 

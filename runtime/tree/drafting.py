@@ -1,4 +1,4 @@
-"""Which drafters a decoder has: ``ngram``, ``model:PATH``, ``sparse``, joined by commas."""
+"""Which drafters a decoder has: ``ngram``, ``head:PATH``, ``sparse``, .., joined by commas."""
 
 import warnings
 from collections.abc import Callable
@@ -12,13 +12,14 @@ from ...ir.errors import CompileError, SkimpError, TargetError
 from .assistant import Assistant
 from .engine import Prices
 from .fused import FusedTarget, target_of
+from .head import HeadDrafter
 from .hf import HFTarget
 from .ngram import NGram
 from .node import Drafter
 from .sparse import SparseSelf, halves
 from .target import Target
 
-KINDS = {"ngram": False, "model": True, "sparse": False}
+KINDS = {"ngram": False, "model": True, "head": True, "sparse": False}
 """Names, and whether a path follows."""
 
 
@@ -99,6 +100,8 @@ class Drafting:
                 made.append(NGram())
             elif kind == "model":
                 made.append(Assistant.load(path, target, tokenizer, model))
+            elif kind == "head":
+                made.append(HeadDrafter.load(path, target))
             elif kind == "sparse":
                 made.append(SparseSelf(target, _plain(target, prices)))
         return [*made, *(other(target) for other in self.others)]

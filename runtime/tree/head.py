@@ -27,6 +27,7 @@ from ...ir.errors import ArtefactError, TargetError
 from .fused import FusedTarget
 from .node import Children, Tree
 from .sequences import Sequences
+from .target import Target
 
 VERSION = 1
 FILE = "head.safetensors"
@@ -188,6 +189,16 @@ def _print(target: FusedTarget) -> str:
     return f"{target.vocabulary}x{target.width}-{hashlib.sha256(seen.tobytes()).hexdigest()[:16]}"
 
 
+def _generated(target: Target) -> FusedTarget:
+    """The target, which must be a generated step."""
+    if not isinstance(target, FusedTarget):
+        raise TargetError(
+            "a head drafts for models whose step is generated C++: decoders of the Llama kind on "
+            "the CPU"
+        )
+    return target
+
+
 @dataclass(slots=True)
 class _Row:
     """A row of the drafter.
@@ -223,31 +234,24 @@ class HeadDrafter:
     def __init__(
         self,
         head: Head,
-        target: FusedTarget,
+        target: Target,
         *,
         width: int = 6,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if not isinstance(target, FusedTarget):
-            raise TargetError(
-                "a head drafts for models whose step is generated C++: decoders of the Llama kind "
-                "on the CPU"
-            )
         self.name, self.width = "head", min(width, len(head.words))
-        self.target, self.words = target, head.words
-        self.decoder = head.decoder(target, dtype)
-        self._sequences = Sequences(self.decoder, target.tables, target.limit)
+        self.target, self.words = _generated(target), head.words
+        self.decoder = head.decoder(self.target, dtype)
+        self._sequences = Sequences(self.decoder, self.target.tables, target.limit)
         self._rows: list[_Row] = []
         self._curve = StepCurve.load(
             Curves.load(), f"head-{self.decoder.spec.name}-{len(self.words)}"
         )
 
     @classmethod
-    def load(cls, path: str | Path, target: FusedTarget) -> "HeadDrafter":
-        """Read a head and make a drafter of it."""
-        if not isinstance(target, FusedTarget):
-            raise TargetError("a head drafts for models whose step is generated C++")
-        return cls(Head.load(path, target), target)
+    def load(cls, path: str | Path, target: Target) -> "HeadDrafter":
+        """Read a head, and make a drafter of it."""
+        return cls(Head.load(path, _generated(target)), target)
 
     def prepare(self) -> float:
         """Time its step where it has not been; returns seconds spent."""
@@ -346,7 +350,10 @@ class HeadDrafter:
             n = _AT_ONCE
             parts: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(self._rows)
             above = list(parts)
-            parts[row], above[row] = torch.tensor(state.tokens[at : at + n]), torch.arange(-1, n - 1)
+            parts[row], above[row] = (
+                torch.tensor(state.tokens[at : at + n]),
+                torch.arange(-1, n - 1),
+            )
             none = torch.empty(0, dtype=torch.int64)
             self._sequences.run(parts, above, wanted=none, features=features[at : at + n])
             kept: list[Tensor | None] = [None] * len(self._rows)

@@ -96,7 +96,7 @@ def train(
     target: FusedTarget,
     prompts: Sequence[Sequence[int]],
     folder: Path,
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     *,
     stop: frozenset[int] = frozenset(),
     progress: Progress = silent,

@@ -1,5 +1,6 @@
 """Heads: what they compute, that training teaches them, and that text stays what it is."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,15 +8,17 @@ import torch
 
 pytest.importorskip("transformers")
 
-from skimp.ir.errors import ArtefactError, CalibrationError, TargetError  # noqa: E402
-from skimp.runtime.tree.fused import FusedTarget  # noqa: E402
-from skimp.runtime.tree.generate import TreeDecoder  # noqa: E402
-from skimp.runtime.tree.head import Head, HeadDrafter, HeadSizes  # noqa: E402
-from skimp.runtime.tree.hf import HFTarget  # noqa: E402
-from skimp.runtime.tree.node import Tree  # noqa: E402
-from skimp.runtime.tree.train import Recipe, train  # noqa: E402
+from skimp.cli import app
+from skimp.ir.errors import ArtefactError, CalibrationError, TargetError
+from skimp.runtime.tree.fused import FusedTarget
+from skimp.runtime.tree.generate import TreeDecoder
+from skimp.runtime.tree.head import Head, HeadDrafter, HeadSizes
+from skimp.runtime.tree.hf import HFTarget
+from skimp.runtime.tree.node import Tree
+from skimp.runtime.tree.train import Recipe, train
+from transformers import PreTrainedTokenizerFast
 
-from .models import llama  # noqa: E402
+from .models import llama
 
 PROMPTS = [[5, 9, 33], [7] * 80, [1, 2], [60, 3, 8, 8]]
 QUICK = Recipe(
@@ -95,6 +98,12 @@ def test_rows_that_wait_and_rows_that_end(target):
     drafter.begin(texts, torch.stack([f[-1] for f in features]))
     trees = [Tree.of(2), Tree.of(3), Tree.of(4)]
     drafter.expand(trees, [(2, 0)])
+    trees[2].add(0, 50, 0.5)
+    late = drafter.expand(trees, [(1, 0), (2, 1)])  # one row catches up, another goes on
+    target.prefill(texts[2:])
+    alone.begin(texts[2:], features[2][-1:])
+    alone.expand(trees[2:], [(0, 0)])
+    assert alone.expand(trees[2:], [(0, 1)]) == late[1:]
     for t, tree in zip(texts, trees, strict=True):
         t.append(tree.tokens[0])
     features = [text(target, t) for t in texts]
@@ -153,6 +162,27 @@ def test_damaged_files_and_other_targets(target, tmp_path):
         HeadDrafter(head, HFTarget(llama()))
     with pytest.raises(CalibrationError, match="two prompts"):
         train(target, [[1]], tmp_path, QUICK)
+
+
+def test_the_command_and_its_head_in_generate(tmp_path, capsys):
+    model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    llama(vocabulary=300, seed=3).save_pretrained(model)
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({str(i): i for i in range(300)}, unk_token="0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="2").save_pretrained(model)
+    prompts.write_text("\n".join(f"{i} {i + 7} 9" for i in range(64)))
+    options = [str(model), "--out", str(tmp_path / "head"), "--prompts", str(prompts), "--json"]
+    app(["train-drafter", *options, "--minutes", "0.05"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["loss"] < 100
+    options = [str(model), "--prompt", "5 6 7", "--max-tokens", "12", "--json"]
+    texts = []
+    for more in (["--mode", "plain"], ["--draft", f"ngram,head:{tmp_path / 'head'}"]):
+        app(["generate", *options, *more], standalone_mode=False)
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[0] == texts[1]
 
 
 def test_a_vocabulary_of_what_the_model_uses(target, tmp_path):
