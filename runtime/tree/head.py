@@ -185,8 +185,8 @@ def _print(target: FusedTarget) -> str:
     w = target.weights
     seen = torch.cat([w.norm.detach().flatten(), w.head.detach()[:64].flatten()]).float()
     # numbers that bfloat16 holds, so that its rounding cannot tell two copies of a model apart
-    seen = seen.bfloat16().view(torch.int16).numpy()
-    return f"{target.vocabulary}x{target.width}-{hashlib.sha256(seen.tobytes()).hexdigest()[:16]}"
+    data: bytes = seen.bfloat16().view(torch.int16).numpy().tobytes()
+    return f"{target.vocabulary}x{target.width}-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def _generated(target: Target) -> FusedTarget:

@@ -9,7 +9,7 @@ guesses, because it has no others when it drafts the second token and on.
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,6 +134,7 @@ def train(
     trainer.run(folder, log, progress)
     found = {**measure(trainer), "tokens": len(written.tokens), "steps": log["steps"]}
     found["seconds"] = {"writing": log["writing"], "training": log["training"]}
+    trainer.fold()
     path = head.save(folder, target, {"recipe": asdict(recipe), "measured": found})
     return {**found, "file": str(path), "bytes": path.stat().st_size}
 
@@ -257,18 +258,24 @@ class _Trainer:
         self.embedding, self.words = w.embedding.detach(), w.head.detach()[head.words].float()
         self.cosine, self.sine = target.tables(recipe.window - 1)
         self.windows = len(written.tokens) // recipe.window
-        sample = written.features[:4096].float()
-        self.size = float(sample.square().mean().sqrt())
+        # what goes in and what is compared is about 1 everywhere; a few states are ten times others
+        size = self.embedding[written.tokens[:4096].long()].float().square().mean().sqrt()
+        self.embedded_by = 1 / float(size.clamp_min(1e-6))
+        self.states_by = written.features[:4096].float().square().mean(0).sqrt().clamp_min(1e-6)
+        self.states_by = 1 / self.states_by
         decayed = [p for p in head.parameters() if p.dim() > 1]
         others = [p for p in head.parameters() if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
-        with torch.no_grad():  # states come in at the size of embeddings, and go out at their own
-            d = head.sizes.d
-            rms = float(self.embedding[written.tokens[:4096].long()].float().square().mean().sqrt())
-            head.mix[:, :d] *= 1 / max(rms, 1e-6)
-            head.mix[:, d:] *= 1 / max(self.size, 1e-6)
+        with torch.no_grad():
             head.norm.copy_(w.norm.detach().float())
+
+    def fold(self) -> None:
+        """Let the head take embeddings and states as they are."""
+        d = self.head.sizes.d
+        with torch.no_grad():
+            self.head.mix[:, :d] *= self.embedded_by
+            self.head.mix[:, d:] *= self.states_by
 
     def batch(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``[b, n]``, states ``[b, n, d]`` and whether each next one is of the same text."""
@@ -279,8 +286,9 @@ class _Trainer:
 
     def guess(self, tokens: Tensor, features: Tensor) -> Tensor:
         """States ``[b, n - 1, d]`` at all tokens of windows but the first."""
-        embedded = self.embedding[tokens[:, 1:]].float()
-        return self.head(embedded, features, self.cosine, self.sine)  # type: ignore[no-any-return]
+        embedded = self.embedding[tokens[:, 1:]].float() * self.embedded_by
+        found: Tensor = self.head(embedded, features * self.states_by, self.cosine, self.sine)
+        return found
 
     def mixed(self, tokens: Tensor, features: Tensor, share: float, g: torch.Generator) -> Tensor:
         """States to read, ``[b, n - 1, d]``: the model's, a share of them the head's guesses."""
@@ -300,7 +308,7 @@ class _Trainer:
         with torch.no_grad():
             law = (want @ self.words.T).log_softmax(-1)
         mine = (got @ self.words.T).log_softmax(-1)
-        near = F.smooth_l1_loss(got / self.size, want / self.size)
+        near = F.smooth_l1_loss(got * self.states_by, want * self.states_by)
         return F.kl_div(mine, law, reduction="batchmean", log_target=True) + near
 
     def run(self, folder: Path, log: dict[str, Any], progress: Progress) -> None:
@@ -324,7 +332,7 @@ class _Trainer:
             seen = self.mixed(tokens, features, recipe.own if done > 0.1 else 0.0, g)
             loss = self.loss(tokens, features, same, seen)
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
             self.optimizer.step()
             log["steps"] += 1
@@ -374,7 +382,7 @@ def measure(trainer: _Trainer, most: int = 32) -> dict[str, float]:
     windows = torch.arange(trainer.windows - trainer.held, trainer.windows)[:most]
     allowed = torch.zeros(len(trainer.embedding), dtype=torch.bool)
     allowed[trainer.head.words] = True
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = defaultdict(float)
     count = 0
     for part in windows.split(trainer.recipe.batch):
         tokens, features, same = trainer.batch(part)
