@@ -11,7 +11,8 @@ The order of D2DMoE's ablation, each variant the same passes with one thing more
 and three with what is skimp's own: training while experts are skipped (Recover), without and with
 projections, and experts allotted to the blocks that can least do without them. All variants of a
 seed start from one dense model and get the same training. Thresholds are chosen on data apart from
-what is measured. A file per seed and variant lies in --folder: start it again, and it goes on.
+what is measured. A file per seed and variant lies in --folder: start it again, and it goes on; two
+processes may share a folder, one of them with --reverse.
 
     .venv/bin/python benchmarks/ablation.py digits
     .venv/bin/python benchmarks/ablation.py sst2 --seeds 3
@@ -97,7 +98,8 @@ def body(task: Task, v: Variant):
 
 def ending(task: Task, v: Variant):
     """The passes from the routers on."""
-    recover = Recover(share=task.recover_share, steps=task.recover, jitter=0.5, even=v.even)
+    share = task.projected_share if v.projections else task.recover_share
+    recover = Recover(share=share, steps=task.recover, jitter=0.5, even=v.even)
     return [
         Route(steps=task.route, predicts="norms" if v.norms else "activations"),
         *([recover] if v.recover else []),
@@ -222,7 +224,7 @@ def run_task(task, args):
     """All seeds and variants of a task that are not on disk yet."""
     say = progress(args.json)
     rows = []
-    for seed in range(args.seeds):
+    for seed in sorted(range(args.seeds), reverse=args.reverse):
         folder = args.folder / task.name / str(seed)
         data, model, score = None, None, None
         for v in VARIANTS:
@@ -257,6 +259,7 @@ def main():
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=[*TASKS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("out/ablation"))
+    parser.add_argument("--reverse", action="store_true", help="begin with the last seed")
     parser.add_argument("--json", action="store_true", help="print the results, nothing else")
     parser.add_argument("--page", action="store_true", help="only write docs/ablation.md again")
     args = parser.parse_args()

@@ -10,7 +10,7 @@ from skimp.ir.cost import write_atomically
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (0.3, 0.4, 0.45, 0.5, 0.55)
-ORDER = ("moefication", "sparsity", "norms", "dynamic", "allotted", "projections")
+ORDER = ("moefication", "sparsity", "norms", "dynamic", "projections")
 
 HEAD = """\
 # What each ingredient is worth
@@ -23,12 +23,12 @@ thing more, in the order of the D2DMoE paper:
 2. **+ sparsification**: the square Hoyer term, in distillation and in fine-tuning.
 3. **+ norm regression**: routers predict the L2 norm of each expert's output (squared error).
 4. **+ dynamic-k**: the experts that reach a threshold run, so tokens differ in how many.
-5. **+ experts allotted**, skimp's own: each block gets the share of its experts that it can least
-   do without, where so far all blocks had the same.
-6. **+ attention projections**: query, key, value and output are converted too.
+5. **+ attention projections**: query, key, value and output are converted too.
 
-The two recovered variants add skimp's last stage, training while experts are skipped. Within a seed
-all start from one dense model and see the same number of training steps at each stage. FLOPs are
+Three variants stand beside that order, with what is skimp's own. **Experts allotted**: each block
+gets the share of its experts that it can least do without, where otherwise all blocks have the
+same. The two **recovered** ones add the last stage of a conversion, training while experts are
+skipped, to dynamic-k without and with projections. Within a seed all start from one dense model and see the same number of training steps at each stage. FLOPs are
 those of the whole model, matrix products and attention, routers included. Thresholds were set on
 data that is neither trained nor measured on. Between measured points accuracy is interpolated.
 """
@@ -116,10 +116,12 @@ def facts(c):
         plain, sparse = (full(c, n, "zeros") for n in ("moefication", "dynamic"))
         before, after = (full(c, n, "accuracy") for n in ("moefication", "dynamic"))
         change = [100 * (a - b) for a, b in zip(after, before, strict=True)]
+        gain = [100 * (a - b) for a, b in zip(sparse, plain, strict=True)]
         lines.append(
             f"- Exact zeros in the hidden activations: {100 * statistics.mean(plain):.1f} % "
-            f"without the Hoyer term, {100 * statistics.mean(sparse):.1f} % with it; accuracy with "
-            f"every expert changes by {spread(change, '+')} points."
+            f"without the Hoyer term, {100 * statistics.mean(sparse):.1f} % with it "
+            f"({spread(gain, '+')} points); accuracy with every expert changes by "
+            f"{spread(change, '+')} points."
         )
     if "dynamic" in c.names:
         shown = []
@@ -131,7 +133,7 @@ def facts(c):
             f"k over tokens is {100 * min(shown):.0f} to {100 * max(shown):.0f} % of its mean, by "
             "block."
         )
-    for ffn, both in (("allotted", "projections"), ("recovered", "recovered-projections")):
+    for ffn, both in (("dynamic", "projections"), ("recovered", "recovered-projections")):
         if {ffn, both} <= set(c.names):
             a, b = c.most(ffn), c.most(both)
             if a is None or b is None:
@@ -199,7 +201,7 @@ def figure(result):
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
     axes.axhline(1, color="0.6", lw=1)
     axes.set_ylim(12, -2)
-    axes.set_xlim(0, 75)
+    axes.set_xlim(0, 85)
     axes.set_xlabel("FLOPs of the whole model removed, %")
     axes.set_ylabel("points of accuracy lost")
     axes.legend(frameon=False, fontsize=8, loc="lower left")

@@ -47,7 +47,10 @@ class Task:
         epochs, lr: Of the dense model's training.
         distil: Rows per layer of Project and Sparsify.
         steps: Of Finetune and Recover.
+        recover_share: Of experts that run in Recover.
+        projected_share: The same where projections are experts too.
         shares: Of experts that run, where accuracy is measured.
+        alpha, tune_alpha: Weight of the Hoyer term in Sparsify and in Finetune.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Task:
     recover: int
     route: int
     recover_share: float
+    projected_share: float
     shares: tuple[float, ...] = (0.08, 0.16, 0.25, 0.35, 0.5, 0.7, 1.0)
     alpha: float = 0.05
     tune_alpha: float = 0.1
@@ -163,11 +167,11 @@ TASKS = {
     "digits": Task(
         "digits", "scikit-learn digits, a vision transformer of three layers", digits, small_vit,
         epochs=16, lr=1e-3, expert_size=4, router_width=16, distil=80_000, finetune=250,
-        recover=250, route=800, recover_share=0.3, alpha=0.1, tune_alpha=0.3,
+        recover=250, route=800, recover_share=0.3, projected_share=0.3, alpha=0.1, tune_alpha=0.3,
     ),
     "sst2": Task(
         "sst2", "SST-2, MiniLM of six layers", sst2, minilm,
         epochs=2, lr=1e-4, expert_size=8, router_width=64, distil=40_000, finetune=100,
-        recover=130, route=400, recover_share=0.3, alpha=0.1, tune_alpha=0.25,
+        recover=130, route=400, recover_share=0.3, projected_share=0.4, alpha=0.6, tune_alpha=1.5,
     ),
 }  # fmt: skip

@@ -63,10 +63,11 @@ def select(scores: Tensor, tau: Tensor) -> Tensor:
     Returns:
         Bool mask ``[.., E]``; every row has at least one ``True``.
     """
-    # the product is rounded once, to the scores' dtype: PyTorch would round tau too, on GPUs only
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    limit = tau.to(wide) * scores.amax(-1, keepdim=True).to(wide)
-    return torch.bitwise_not(scores < limit.to(scores.dtype))
+    # compared in float32: compilers keep an intermediate wider than its dtype, so that a limit
+    # rounded to bfloat16 would tie with scores in eager and not in compiled code
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    limit = tau.to(wide.dtype) * wide.amax(-1, keepdim=True)
+    return torch.bitwise_not(wide < limit)
 
 
 def hidden(

@@ -165,10 +165,6 @@ class Recover(Pass):
         return loss + 2 * distance + torch.stack(extra).mean(), distance.item()
 
 
-_PRODUCTS = {
-    torch.ops.aten.matmul.default,
-    torch.ops.aten.bmm.default,
-}
 _NORMS = {
     torch.ops.aten.layer_norm.default,
     torch.ops.aten.rms_norm.default,
@@ -217,10 +213,6 @@ class _Tap(Interpreter):
             result = self._attention(n)
         elif n.target is torch.ops.aten._assert_tensor_metadata.default:
             result = None  # of the dtypes that were traced, which training in bfloat16 changes
-        elif n.target in _PRODUCTS and self.env[n.all_input_nodes[0]].shape[-1] == 1:
-            # Rotary angles, positions by frequencies: rounded to bfloat16 they point elsewhere.
-            with torch.autocast(self.device.type, enabled=False):
-                result = super().run_node(n)
         else:
             result = super().run_node(n)
         if n.target in _NORMS:

@@ -38,9 +38,7 @@ static inline float threshold(const Args& a, long row) {
     most = v > most ? v : most;
   }
   if (nan) return NAN;  // nothing is below NaN: every expert runs
-  stored t;
-  narrow(a.tau * most, &t);  // the product has the dtype of the scores
-  return widen(t);
+  return a.tau * most;
 }
 static inline bool runs(const Args& a, long row, long e, float t) {
   return !(widen(a.scores[row * EXPERTS + e]) < t);

@@ -151,6 +151,10 @@ std::vector<Tensor> linears(Tensor x_, std::vector<Tensor> w_, std::vector<Tenso
   STD_TORCH_CHECK(count && x_.dim() > 0 && w_[0].dim() == 2, op, ": w is no matrix");
   STD_TORCH_CHECK(b_.empty() || b_.size() == count, op, ": not as many b as w");
   const int64_t d = w_[0].size(1), d_out = w_[0].size(0), rows = d ? x_.numel() / d : 0;
+  for (size_t i = 0; i < count; i++) {
+    check(x_, w_[i], {d_out, x_.size(-1)}, op, "w");
+    if (!b_.empty()) check(x_, b_[i], {d_out}, op, "b");
+  }
   const Kernel kernel = find("linear", {1, d, d_out, !b_.empty(),
                                         x_.scalar_type() == ScalarType::BFloat16});
   std::vector<Tensor> y;
@@ -164,11 +168,9 @@ std::vector<Tensor> linears(Tensor x_, std::vector<Tensor> w_, std::vector<Tenso
   std::vector<void*> to;
   for (size_t i = 0; i < count; i++) {
     w_[i] = dense(w_[i]);
-    check(x, w_[i], {d_out, x.size(-1)}, op, "w");
     w.push_back(pointer(w_[i]));
     if (!b_.empty()) {
       b_[i] = dense(b_[i]);
-      check(x, b_[i], {d_out}, op, "b");
       b[i] = pointer(b_[i]);
     }
     y.push_back(empty_like_rows_of(x, d_out));

@@ -35,12 +35,11 @@ def activate(v):
 
 @triton.jit
 def limit_of(s, real, tau):
-    """Below which score [rows] an expert rests: tau * max, rounded to the dtype of the scores."""
+    """Below which score [rows] an expert rests: tau * max, in float32."""
     wide = s.to(tl.float32)
     most = tl.max(tl.where(real, wide, float("-inf")), 1)
     odd = tl.max((real & (wide != wide)).to(tl.int32), 1)
-    limit = (tau * most).to(s.dtype).to(tl.float32)
-    return tl.where(odd > 0, float("nan"), limit)  # nothing is below NaN: every expert runs
+    return tl.where(odd > 0, float("nan"), tau * most)  # nothing is below NaN: every expert runs
 '''
 
 _FEW = '''

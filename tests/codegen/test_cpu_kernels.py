@@ -180,6 +180,7 @@ def test_the_text_for_avx512_compiles(name, isa, tmp_path):
 
 
 def test_other_dtypes_run_the_reference_and_say_so():
+    forget()  # other tests may have had their warning
     args = {
         k: v.double() if isinstance(v, torch.Tensor) else v for k, v in make(CASES[2], 3).items()
     }
@@ -188,9 +189,7 @@ def test_other_dtypes_run_the_reference_and_say_so():
     assert torch.equal(got, reference(**args))
     fallbacks_seen = fallbacks()
     assert fallbacks_seen["dtype torch.float64"] == 1
-    import skimp.codegen.cpp.kernels as module
-
-    module._fallbacks.clear()
+    forget()
 
 
 @pytest.mark.parametrize("name", ["x", "scores", "w_in", "b_in", "w_out", "b_out"])

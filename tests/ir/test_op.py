@@ -83,6 +83,14 @@ def test_more_experts_run_as_tau_falls_and_scale_does_not_matter():
     assert torch.equal(select(s, torch.tensor(0.5)), select(s * 8, torch.tensor(0.5)))
 
 
+def test_the_threshold_is_not_rounded():
+    # 0.305 rounds to 0.3046875 in bfloat16, which the second score would tie with
+    scores = torch.tensor([[1.0, 0.3046875]], dtype=torch.bfloat16)
+    tau = torch.tensor(0.305)
+    assert select(scores, tau).tolist() == [[True, False]]
+    assert torch.compile(select)(scores, tau).tolist() == [[True, False]]
+
+
 def test_row_without_evidence_runs_everything():
     s = torch.zeros(2, 4)
     s[1, 2] = float("nan")
