@@ -12,7 +12,8 @@ and three with what is skimp's own: training while experts are skipped (Recover)
 projections, and experts allotted to the blocks that can least do without them. All variants of a
 seed start from one dense model and get the same training. Thresholds are chosen on data apart from
 what is measured. A file per seed and variant lies in --folder: start it again, and it goes on; two
-processes may share a folder, one of them with --reverse.
+processes may share a folder, one of them with --reverse. What benchmarks/results/ holds of the same
+plan is not run again.
 
     .venv/bin/python benchmarks/ablation.py digits
     .venv/bin/python benchmarks/ablation.py sst2 --seeds 3
@@ -223,7 +224,8 @@ def progress(json_only):
 def run_task(task, args):
     """All seeds and variants of a task that are not on disk yet."""
     say = progress(args.json)
-    rows = []
+    rows, published = [], RESULTS / f"ablation-{task.name}.json"
+    known = json.loads(published.read_text())["rows"] if published.exists() else []
     for seed in sorted(range(args.seeds), reverse=args.reverse):
         folder = args.folder / task.name / str(seed)
         data, model, score = None, None, None
@@ -231,7 +233,9 @@ def run_task(task, args):
             plan = f"{spec(body(task, v))} | {spec(ending(task, v))}"
             plan += f" @ {task.shares}, {task.expert_size}, {task.router_width}, {task.epochs}"
             path = folder / f"{v.name}.json"
-            found = json.loads(path.read_text()) if path.exists() else {}
+            found = next((r for r in known if r["variant"] == v.name and r["seed"] == seed), {})
+            if found.get("plan") != plan and path.exists():
+                found = json.loads(path.read_text())
             if found.get("plan") != plan:
                 if model is None:
                     print(f"{task.name}, seed {seed}", flush=True)

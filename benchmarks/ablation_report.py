@@ -28,9 +28,10 @@ thing more, in the order of the D2DMoE paper:
 Three variants stand beside that order, with what is skimp's own. **Experts allotted**: each block
 gets the share of its experts that it can least do without, where otherwise all blocks have the
 same. The two **recovered** ones add the last stage of a conversion, training while experts are
-skipped, to dynamic-k without and with projections. Within a seed all start from one dense model and see the same number of training steps at each stage. FLOPs are
-those of the whole model, matrix products and attention, routers included. Thresholds were set on
-data that is neither trained nor measured on. Between measured points accuracy is interpolated.
+skipped, to dynamic-k without and with projections. Within a seed all start from one dense model and
+see the same number of training steps at each stage. FLOPs are those of the whole model, matrix
+products and attention, routers included. Thresholds were set on data that is neither trained nor
+measured on. Between measured points accuracy is interpolated.
 """
 
 
