@@ -49,6 +49,9 @@ def calibrate(
     extractor: Annotated[
         str | None, typer.Option(help="number, choice, boxed, code, json:FIELD or regex:PATTERN.")
     ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Regret worth a lower mean cost; 0 as in the paper.")
+    ] = 0.0,
     held_out: Annotated[float, typer.Option(help="Share kept for validation.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of draws and splits.")] = 0,
     as_json: AsJson = False,
@@ -68,7 +71,8 @@ def calibrate(
     extract = extractor or default
     table = tabulate(rows, specs, extract=extract, seed=seed)
     rest = (1 - held_out) / 2
-    goal = Goal(budget, alpha, mode, delta, control, (rest, rest, held_out), seed)  # type: ignore[arg-type]
+    shares = (rest, rest, held_out)
+    goal = Goal(budget, alpha, mode, delta, control, shares, seed, tolerance)  # type: ignore[arg-type]
     found = run(table, goal)
     for warning in table.warnings:
         err.print(f"[yellow]warning:[/] {warning}", highlight=False)

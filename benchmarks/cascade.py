@@ -161,14 +161,14 @@ def fixed(table, right):
     return rows
 
 
-def judge(table, right, budget, mode, splits):
-    """One budget and one mode over many splits."""
+def judge(table, right, budget, mode, tolerance, splits):
+    """One budget, mode and tolerance over many splits."""
     found = {k: [] for k in ("accuracy", "cost", "regret", "exceedance", "over_mixing", "saved")}
     chosen, infeasible = {}, 0
     for seed in range(splits):
         rows = split(len(table), SHARES, seed)
         learn, bound, rest = (table.take(r) for r in rows)
-        got = search(learn, bound, Goal(budget, ALPHA, mode, DELTA))
+        got = search(learn, bound, Goal(budget, ALPHA, mode, DELTA, tolerance=tolerance))
         if isinstance(got, Infeasible):
             infeasible += 1
             continue
@@ -183,7 +183,12 @@ def judge(table, right, budget, mode, splits):
         found["exceedance"].append((cost > budget).mean())
         found["over_mixing"].append(accuracy - mixed)
         found["saved"].append(1 - cost.mean() / rest.cost[:, -1].mean())
-    line = {"budget": budget, "mode": mode, "infeasible": infeasible / splits}
+    line = {
+        "budget": budget,
+        "mode": mode,
+        "tolerance": tolerance,
+        "infeasible": infeasible / splits,
+    }
     line |= {k: spread(v) for k, v in found.items()}
     over = np.array(found["exceedance"]) > ALPHA
     line["splits_over_alpha"] = float(over.mean()) if len(over) else None
@@ -210,7 +215,8 @@ def evaluate(name, splits, quiet):
     result = {"queries": len(table), "members": alone(table, right, at)}
     result["fixed"] = fixed(table, right)
     result["any_member_right"] = float((right > 0.5).any(1).mean())
-    rows = [judge(table, right, b, mode, splits) for b in at for mode in ("paper", "strict")]
+    asked = [("paper", 0.0), ("strict", 0.0), ("paper", 0.1), ("strict", 0.1)]
+    rows = [judge(table, right, b, *which, splits) for b in at for which in asked]
     if not quiet:
         print(f"\n{name}, {len(table)} queries, {splits} splits, alpha {ALPHA}")
         for member, m in result["members"].items():
@@ -221,7 +227,8 @@ def evaluate(name, splits, quiet):
                 f"mixing {r['over_mixing']:+.3f}, needs ${r['needs']:.6f}, {r['stays']:.0%} stay"
             )
         for r in rows:
-            start = f"  ${r['budget']:.6f} {r['mode']:6} infeasible {r['infeasible']:4.0%}"
+            start = f"  ${r['budget']:.6f} {r['mode']:6} +{r['tolerance']:.1f} "
+            start += f"infeasible {r['infeasible']:4.0%}"
             if r["accuracy"] is None:
                 print(start)
                 continue

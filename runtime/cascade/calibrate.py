@@ -50,6 +50,8 @@ class Goal:
             queries that regret is measured on, or ``holm``.
         shares: Of the queries: to measure regret, to bound the cost, to validate.
         seed: Of the split.
+        tolerance: How much more regret than the least is worth a lower mean cost. With 0, as in
+            the paper, a policy spends whatever the budget allows if that lowers regret at all.
     """
 
     budget: float
@@ -59,6 +61,7 @@ class Goal:
     control: Literal["fixed-sequence", "holm"] = "fixed-sequence"
     shares: tuple[float, float, float] = (0.4, 0.4, 0.2)
     seed: int = 0
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -70,6 +73,8 @@ class Goal:
             raise CalibrationError(f"control {self.control!r}: 'fixed-sequence' or 'holm'")
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-9:
             raise CalibrationError(f"shares {self.shares} are not three parts of one")
+        if not 0 <= self.tolerance < 1:
+            raise CalibrationError(f"a tolerance of {self.tolerance} is not a share of queries")
         if not self.budget >= 0:
             raise CalibrationError(f"a budget of {self.budget}")
 
@@ -179,7 +184,7 @@ def search(
 ) -> tuple[NDArray[np.float64], dict[str, Any]] | Infeasible:
     """The policy of least regret on ``learn`` among those whose cost bound holds on ``bound``.
 
-    Of equals, the cheaper one on ``learn``.
+    Of equals, and of those within the tolerance, the cheapest one on ``learn``.
 
     Returns:
         Its thresholds ``[M]`` and what speaks for it, or why there is none.
@@ -213,7 +218,8 @@ def search(
         what = f"no policy stays within ${goal.budget:g} for all but {goal.alpha:.0%} of queries"
         return Infeasible(f"{what} ({goal.mode} mode)", least_budget=least_budget)
     allowed = np.flatnonzero(feasible)
-    best = allowed[np.lexsort((mean[allowed], regret[allowed]))[0]]
+    near = allowed[regret[allowed] <= regret[allowed].min() + goal.tolerance + 1e-12]
+    best = near[np.lexsort((regret[near], mean[near]))[0]]
     return tau[best], {
         "regret": float(regret[best]),
         "quantile": float(quantile[best]),

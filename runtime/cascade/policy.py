@@ -221,6 +221,7 @@ def policy_record(
         "mode": goal.mode,
         "delta": goal.delta,
         "control": goal.control if goal.mode == "strict" else None,
+        "tolerance": goal.tolerance,
         "split": {"seed": goal.seed, "sizes": list(chosen.sizes)},
         "evidence": {
             "regret": chosen.regret,

@@ -220,6 +220,25 @@ def test_regret_falls_with_the_budget(mode):
     assert isinstance(search(learn, cal, less), Infeasible)
 
 
+@pytest.mark.parametrize("mode", ["paper", "strict"])
+def test_a_tolerance_trades_regret_for_mean_cost(mode):
+    table = synthetic(1500)
+    learn, cal, rest = (table.take(r) for r in split(len(table), (0.4, 0.3, 0.3), 0))
+    budget = float(np.quantile(table.cost.sum(1), 0.99))
+    found = [
+        search(learn, cal, Goal(budget, 0.1, mode, tolerance=t)) for t in (0.0, 0.05, 0.1, 0.2)
+    ]
+    least = found[0][1]["regret"]
+    costs = [validate(learn, tau, budget)["mean_cost"] for tau, _ in found]
+    assert all(a >= b for a, b in itertools.pairwise(costs))
+    assert costs[2] < 0.8 * costs[0]
+    for (tau, told), t in zip(found, (0.0, 0.05, 0.1, 0.2), strict=True):
+        assert told["regret"] <= least + t + 1e-9
+        assert validate(rest, tau, budget)["exceedance"] <= 0.15  # the bound holds as before
+    with pytest.raises(CalibrationError, match="tolerance"):
+        Goal(1.0, tolerance=-0.1)
+
+
 # -- check 6: a skipped member (costs and loss; calls are counted in test_server) -----------------
 
 

@@ -24,7 +24,7 @@ def free_port():
 
 
 def wait_for(url, child):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150  # a busy machine may take minutes to import
     while True:
         try:
             return httpx.get(url, timeout=2)
@@ -34,7 +34,7 @@ def wait_for(url, child):
             time.sleep(0.1)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(500)
 def test_the_example_runs(tmp_path):
     for file in ("cascade.yaml", "member.py"):
         shutil.copy(EXAMPLE / file, tmp_path)

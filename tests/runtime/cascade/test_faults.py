@@ -56,7 +56,7 @@ def start_server(tmp_path, children, port=0):
         tmp_path / f"serve-{len(children)}.log",
     )
     children.append(child)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150  # a busy machine may take minutes to import
     while time.monotonic() < end:
         found = re.search(r"http://127.0.0.1:(\d+)/", child.log.read_text())
         if found:
@@ -182,7 +182,7 @@ def table(path, name):
 
 
 @pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.nightly)])
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(500)
 def test_the_ledger_is_exact_over_thousands_of_requests_with_faults(
     tmp_path, children, write_policy, count
 ):
@@ -235,7 +235,7 @@ def test_the_ledger_is_exact_over_thousands_of_requests_with_faults(
     assert all(a["completion_tokens"] == 3 for a in halted)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_killed_in_the_middle_nothing_that_was_answered_is_lost(tmp_path, children, write_policy):
     child = Command([str(HERE / "stub.py")], "stdout", tmp_path / "stub.log")
     children.append(child)
@@ -280,7 +280,7 @@ def test_killed_in_the_middle_nothing_that_was_answered_is_lost(tmp_path, childr
     )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_budget_is_not_exceeded_by_many_at_once(tmp_path, provider, write_policy, serve):
     stub = provider()
     dear = {"url": stub.url, "price": {"input": 3, "output": 15}, "retries": 0, "max_tokens": 20}
