@@ -22,7 +22,7 @@ def generate(
     draft: Annotated[
         str, typer.Option(help="ngram, model:PATH, head:PATH, sparse; several with commas between.")
     ] = "ngram",
-    mode: Annotated[str, typer.Option(help="lambda, cast, eagle2 or plain.")] = "lambda",
+    mode: Annotated[str, typer.Option(help="lambda, cast, eagle2, drawn or plain.")] = "lambda",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="The likeliest tokens of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="So many likeliest tokens; 0 for all.")] = 0,

@@ -19,6 +19,7 @@ from .costs import Costs
 from .hf import HFTarget
 from .node import Children, Tree
 from .target import Target
+from .verify import Sampling
 from .words import Words
 
 
@@ -102,7 +103,31 @@ class Assistant:
         return self.costs.spent - before
 
     def expand(self, trees: Sequence[Tree], nodes: Sequence[tuple[int, int]]) -> list[Children]:
-        """Run nodes, and what is before them and was not run."""
+        """Run nodes, and what is before them and was not run; propose the likeliest."""
+        logits, fit = self._logits(trees, nodes)
+        found = iter(self._children(logits) if logits is not None else ())
+        return [next(found) if ok else Children([], []) for ok in fit]
+
+    def laws(
+        self, trees: Sequence[Tree], nodes: Sequence[tuple[int, int]], sampling: Sampling
+    ) -> list[Tensor | None]:
+        """Run nodes likewise; give the law of what follows, over the target's tokens."""
+        logits, fit = self._logits(trees, nodes)
+        made: list[Tensor | None] = []
+        rows = iter(logits.cpu() if logits is not None else ())
+        for ok in fit:
+            made.append(self._law(next(rows), sampling) if ok else None)
+        return made
+
+    def _law(self, logits: Tensor, sampling: Sampling) -> Tensor:
+        law = sampling.law(logits.float().masked_fill(~self._open, float("-inf")))
+        mapped = torch.zeros(len(self.words.there))
+        return mapped.index_add_(0, self.words.back[self._open], law[self._open])
+
+    def _logits(
+        self, trees: Sequence[Tree], nodes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor | None, list[bool]]:
+        """Run nodes; logits ``[n, V]`` of those for which there was room, and which these are."""
         start = time.perf_counter()
         tokens: list[list[int]] = [[] for _ in self._rows]
         parents: list[list[int]] = [[] for _ in self._rows]
@@ -114,7 +139,7 @@ class Assistant:
         ]
         total = sum(map(len, tokens))
         if not total:
-            return [Children([], []) for _ in nodes]
+            return None, fit
         logits, _ = self.target.verify(
             [torch.tensor(t, dtype=torch.int64) for t in tokens],
             [torch.tensor(p, dtype=torch.int64) for p in parents],
@@ -125,10 +150,8 @@ class Assistant:
             at.append(first - state.run + len(new))
             first += len(new)
         where = [at[r] + self._rows[r].last[n] for (r, n), ok in zip(nodes, fit, strict=True) if ok]
-        found = iter(self._children(logits[where]))
-        made = [next(found) if ok else Children([], []) for ok in fit]
         self._curve().observe(total, time.perf_counter() - start)
-        return made
+        return logits[where], fit
 
     def _enter(
         self,

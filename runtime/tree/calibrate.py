@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from .node import Tree
 
 Key = tuple[int, int, int, int, int]
@@ -61,10 +63,14 @@ class Calibration:
 
 @dataclass(slots=True)
 class Draft:
-    """A tree with, by node, what its proposals are counted under."""
+    """A tree with, by node, what its proposals are counted under.
+
+    ``laws``: by node whose children were drawn: the law that they were drawn from, ``[V]``.
+    """
 
     tree: Tree
     keys: list[list[Key]] = field(default_factory=lambda: [[]])
+    laws: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

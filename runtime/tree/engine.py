@@ -10,6 +10,7 @@ from ...ir.errors import SkimpError, TargetError
 from ...ir.measure import machine
 from .calibrate import Draft
 from .costs import Stopwatch
+from .drawn import DrawnPolicy
 from .node import Drafter, Measured
 from .policy import Base, Policy
 from .report import Report, Snapshot
@@ -112,6 +113,10 @@ class Engine:
         for drafter in self.drafters:
             drafter.begin(prompts, hidden)
         self.policy.begin(len(prompts))
+        if isinstance(self.policy, DrawnPolicy):
+            if sampling.greedy:
+                raise SkimpError("drafts are drawn for sampled text: set a temperature above 0")
+            self.policy.follow(sampling)
         emitted = [[r] for r in roots]
         done = self._emit(emitted, stop, stream)
         report.first = watch.lap()
@@ -174,9 +179,10 @@ class Engine:
             torch.cuda.synchronize(logits.device)
         verifying = watch.lap()
         paths, texts, first = [], [], 0
-        for row, n, p in zip(rows, nodes, parents, strict=True):
+        for row, draft, c, n, p in zip(rows, drafts, chosen, nodes, parents, strict=True):
             part = logits[first : first + len(n)]
-            path, following = descend(part, n, p, sampling, row.seen, row.generator)
+            laws = {c.index(at): q for at, q in draft.laws.items()}
+            path, following = descend(part, n, p, sampling, row.seen, row.generator, laws)
             paths.append(path)
             texts.append([*(n[i] for i in path[1:]), following])
             first += len(n)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...ir.errors import SkimpError
 from .costs import Costs
 from .drafting import Drafting
+from .drawn import DrawnPolicy, Draws
 from .engine import Engine, Prices, Stream
 from .options import Options
 from .policy import Base, CastPolicy, CostPolicy, FixedPolicy
@@ -17,7 +18,7 @@ from .report import Report
 from .target import Target
 from .verify import Sampling
 
-MODES = ("lambda", "cast", "eagle2", "plain")
+MODES = ("lambda", "cast", "eagle2", "drawn", "plain")
 
 
 class TreeDecoder:
@@ -30,7 +31,8 @@ class TreeDecoder:
         model: A causal language model of transformers.
         draft: What proposes: see :class:`~skimp.runtime.tree.drafting.Drafting`.
         mode: ``lambda`` drafts and verifies what pays by measured costs, ``cast`` by the rule of
-            arXiv 2510.26577, ``eagle2`` always 60 nodes in 7 layers of 10; ``plain`` nothing.
+            arXiv 2510.26577, ``eagle2`` always 60 nodes in 7 layers of 10; ``drawn`` verifies
+            chains drawn from the law of a ``model``, for sampled text; ``plain`` drafts nothing.
         tokenizer: Of the model; needed where a drafter has another one.
         dtype: Of weights and cache in the generated step; by default the model's.
         profiling: Seconds that measuring costs may take the first time on a machine.
@@ -70,7 +72,11 @@ class TreeDecoder:
         device = "cuda" if getattr(model, "device", torch.device("cpu")).type == "cuda" else "cpu"
         self.prices = prices or Costs(self.target.name, device, profiling)
         drafters = drafting.make(self.target, self.prices, self.model, tokenizer)
-        kinds: dict[str, type[Base]] = {"cast": CastPolicy, "eagle2": FixedPolicy}
+        if mode == "drawn" and not (drafters and isinstance(drafters[0], Draws)):
+            raise SkimpError("mode drawn needs a drafter that has a law to draw from: model:PATH")
+        kinds: dict[str, type[Base]] = {
+            "cast": CastPolicy, "eagle2": FixedPolicy, "drawn": DrawnPolicy,
+        }  # fmt: skip
         policy = kinds.get(mode, CostPolicy)(drafters, _unknown)
         self.engine = Engine(self.target, drafters, policy, self.prices)
 

@@ -7,7 +7,7 @@ that a seed gives the text that plain decoding gives. Children *sampled* from a 
 the multi-round rule (:func:`multi_round`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,8 +112,9 @@ def descend(
     sampling: Sampling,
     seen: Collection[int],
     generator: torch.Generator,
+    laws: Mapping[int, Tensor] | None = None,
 ) -> tuple[list[int], int]:
-    """Follow the target's choices down a tree that does not depend on chance.
+    """Follow the target's choices down a tree.
 
     Args:
         logits: ``[n, V]``, at each node.
@@ -122,6 +123,8 @@ def descend(
         sampling: How to choose.
         seen: Tokens of the row so far, the root included, if ``sampling`` penalises any.
         generator: The row's stream.
+        laws: By node whose children were drawn: the law of the draws, :func:`multi_round`. The
+            others' children must not depend on chance.
 
     Returns:
         The accepted nodes from the root down, and the token chosen after the last of them.
@@ -137,7 +140,11 @@ def descend(
     known = set(seen) if sampling.penalises else set()
     path, node = [0], 0
     while True:
-        if chosen is not None:
+        law = laws.get(node) if laws else None
+        if law is not None:
+            p = sampling.law(logits[node], known).cpu()
+            _, token = multi_round(p, law, list(below[node]), generator)
+        elif chosen is not None:
             token = int(chosen[node])
         else:
             token = sampling.choose(logits[node], known, generator)

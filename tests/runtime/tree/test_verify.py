@@ -227,3 +227,43 @@ def test_greedy_goes_down_with_the_penalty_of_the_path():
     assert descend(logits, tokens, parents, Sampling(), (), g) == ([0, 1], 1)
     penal = Sampling(repetition_penalty=2.0)
     assert descend(logits, tokens, parents, penal, {0}, g) == ([0, 1, 2], 0)
+
+
+def test_drawn_chains_have_the_targets_law_whatever_drafts():
+    """The whole engine, drawing from another model, against exact probabilities of three tokens."""
+    pytest.importorskip("transformers")
+    from skimp.runtime.tree.drawn import DrawnPolicy
+    from skimp.runtime.tree.engine import Engine
+    from skimp.runtime.tree.hf import HFTarget
+
+    from .drafters import Given
+    from .models import llama
+    from .test_drafters import assistant
+
+    model, small = llama(vocabulary=4, scale=0.6), llama(vocabulary=4, layers=1, seed=9, scale=0.6)
+    prompt, sampling = [3, 1, 2], Sampling(temperature=0.7, top_p=0.95)
+    joint = {}
+    with torch.no_grad():
+        first = sampling.law(model(torch.tensor([prompt])).logits[0, -1])
+        for a in range(4):
+            second = sampling.law(model(torch.tensor([[*prompt, a]])).logits[0, -1])
+            third = {
+                b: sampling.law(model(torch.tensor([[*prompt, a, b]])).logits[0, -1])
+                for b in range(4)
+            }
+            for b in range(4):
+                for c in range(4):
+                    joint[a, b, c] = float(first[a] * second[b] * third[b][c])
+    from skimp.runtime.tree.words import Words
+
+    drafter = assistant(small, Words.same(4, 4), seconds=1e-6)
+    prices = Given(lambda rows: 1.0)
+    run = Engine(HFTarget(model), [drafter], DrawnPolicy([drafter], prices), prices)
+    counts, accepted = {}, 0
+    for seed in range(24):
+        some = Sampling(temperature=0.7, top_p=0.95, seed=seed)
+        for text in run.run([prompt] * 15, limits=[3] * 15, sampling=some):
+            counts[tuple(text)] = counts.get(tuple(text), 0) + 1
+        accepted += run.report.accepted
+    assert accepted > 100
+    assert pooled_p(counts, joint, 360) > 0.001
