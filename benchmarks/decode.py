@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=128, help="new ones, at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="then stop; go on another time")
-    parser.add_argument("--only", default="", help="ways whose names begin with one of these")
+    parser.add_argument("--only", default="", help="names of ways; x* for all that begin so")
     parser.add_argument("--batches", type=int, default=2, help="of eight prompts")
     parser.add_argument("--sparse", type=Path, help="converted model, for the sparse self-drafter")
     parser.add_argument("--head", type=Path, help="trained drafter head")

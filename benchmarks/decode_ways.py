@@ -10,14 +10,14 @@ from skimp.runtime.tree.engine import Engine
 from skimp.runtime.tree.fused import FusedTarget
 from skimp.runtime.tree.policy import CastPolicy, CostPolicy, FixedPolicy
 
-FIXED = ((3, 2), (5, 4), (9, 8), (17, 8), (33, 8))
+FIXED = ((3, 2), (5, 4), (9, 8), (17, 8))
 """Sizes and depths of fixed trees, of which the best is known in hindsight."""
 FIXED_WAYS = {f"fixed {n} by {d}": (n, d) for n, d in FIXED}
 PEERS = ("llama.cpp F32", "llama.cpp BF16", "llama.cpp Q8_0")
 WAYS = (
     "HF generate", "HF prompt lookup", "torch.compile", "plain", "tree", "EAGLE-2", "CAST",
     *FIXED_WAYS, "plain bfloat16", "tree bfloat16", *PEERS, "tree head", "EAGLE-2 head",
-    "tree sparse", "tree n-gram, sparse",
+    "tree sparse", "tree n-gram+sparse",
 )  # fmt: skip
 BATCHED = ("HF generate", "plain", "tree", "EAGLE-2")
 REFERENCES = dict.fromkeys(
@@ -26,7 +26,7 @@ REFERENCES = dict.fromkeys(
 ) | {"tree bfloat16": "plain bfloat16"}
 """Whose text each way must give; llama.cpp computes otherwise, and its text is its own."""
 DRAFTS = {"tree head": "head", "EAGLE-2 head": "head", "tree sparse": "sparse"}
-DRAFTS["tree n-gram, sparse"] = "ngram,sparse"
+DRAFTS["tree n-gram+sparse"] = "ngram,sparse"
 CACHES = (512, 1280)
 """Positions of the static caches; one compilation each."""
 
@@ -65,7 +65,7 @@ class Bench:
         """Those that can run here."""
         found = []
         for name in names:
-            if wanted and not name.startswith(wanted):
+            if wanted and name not in wanted and not name.startswith(_begins(wanted)):
                 continue
             if (name in PEERS and not _has_llama()) or (
                 "sparse" in name and self.sparse is None
@@ -216,6 +216,11 @@ class Bench:
             return (a - b) / max(abs(a), 1e-9)
 
         return near
+
+
+def _begins(wanted):
+    """Of names that end in a star, what is before it."""
+    return tuple(w[:-1] for w in wanted if w.endswith("*"))
 
 
 def _likeliest(peer):

@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 from skimp.ir.errors import SkimpError
 from skimp.runtime.tree.calibrate import Rate
 from skimp.runtime.tree.engine import Engine
+from skimp.runtime.tree.fused import FusedTarget
 from skimp.runtime.tree.hf import HFTarget
 from skimp.runtime.tree.ngram import NGram
 from skimp.runtime.tree.policy import CastPolicy, CostPolicy, FixedPolicy
@@ -87,18 +88,35 @@ def test_greedy_output_is_that_of_transformers_one_by_one_and_four_at_a_time(way
         assert run.run(prompts[i : i + 4], limits=[NEW] * 4) == want[i : i + 4]
 
 
+@pytest.fixture(scope="module")
+def many(model):
+    prompts = prompts_of(200, seed=7)
+    return prompts, reference(model, prompts, 128)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("way", WAYS)
-def test_greedy_output_of_two_hundred_prompts(way, model):
-    prompts = prompts_of(200, seed=7)
-    want = reference(model, prompts, 128)
-    for batch in (1, 4):
-        for i in range(0, 200, batch):
-            drafters, policy, options = ways(want[i : i + batch])[way]
-            run = engine(model, drafters, policy, **options)
-            got = run.run(prompts[i : i + batch], limits=[128] * batch)
-            assert got == want[i : i + batch]
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("way", [*WAYS, "smaller model", "sparse self"])
+def test_greedy_output_of_two_hundred_prompts(way, batch, model, many):
+    """One by one on the generated step, four at a time on the model's own code."""
+    from .test_drafters import assistant, parted, sparse
+
+    prompts, want = many
+    blocks = parted(model) if way == "sparse self" else {}
+    named = {f"model.layers.{i}.mlp": b for i, b in blocks.items()}
+    target = FusedTarget(model, blocks=blocks) if batch == 1 else HFTarget(model, named)
+    for i in range(0, 200, batch):
+        texts = want[i : i + batch]
+        if way == "smaller model":
+            drafters, policy, options = [assistant(llama(layers=1, seed=9))], CostPolicy, {}
+        elif way == "sparse self":
+            drafters, policy, options = [sparse(target, [0.1, 0.5])], CostPolicy, {}
+        else:
+            drafters, policy, options = ways(texts)[way]
+        prices = Given(flat)
+        run = Engine(target, drafters, policy(drafters, prices, **options), prices)
+        assert run.run(prompts[i : i + batch], limits=[128] * batch) == texts
 
 
 @pytest.mark.parametrize("kind", ["perfect", "wrong", "random"])
@@ -226,8 +244,9 @@ def test_wrong_prompts_are_refused(model):
 def test_two_thousand_steps():
     model = llama(max_position_embeddings=16384)
     prompts = prompts_of(4)
-    run = engine(model, [NGram(), Scripted([[0]] * 4, "random", width=3)], FixedPolicy, size=5)
-    out = run.run(prompts, limits=[2100] * 4)
-    assert run.report.steps >= 500
-    plain = engine(model, []).run(prompts, limits=[2100] * 4)
+    run = engine(model, [Scripted([[0]] * 4, "random", width=3)], FixedPolicy, size=5)
+    out = run.run(prompts, limits=[2400] * 4)
+    assert run.report.steps >= 2000
+    assert run.report.accepted > 100  # caches were compacted on the way
+    plain = engine(model, []).run(prompts, limits=[2400] * 4)
     assert out == plain
