@@ -51,6 +51,11 @@ def prompts(data, tokenizer, count):
     return {f"{f}-{i}": chosen[f"{f}-{i}"] for i in range(count) for f in FAMILIES}
 
 
+def family_of(name):
+    """Of a prompt's name."""
+    return name.rpartition("-")[0]
+
+
 def items(found):
     """What is run: single prompts by name, then batches of eight of different families."""
     names = list(found)
@@ -153,6 +158,7 @@ def main():
                 finish()
                 return
             record = bench.run(way, rows)
+            record["load"] = os.getloadavg()[0]
             record["ties"] = check(args.folder, way, name, record["texts"], bench.gap(rows))
             write_atomically(path, json.dumps(record).encode())
             rate = record["tokens"] / record["seconds"]

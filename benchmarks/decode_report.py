@@ -75,6 +75,8 @@ def summary(folder):
     batched = {w: r for w, found in every.items() if (r := picked(found, "batch"))}
     families = sorted({family(n) for r in single.values() for n in r})
     ways = {w: _way(r, families) for w, r in single.items()}
+    loads = sorted(r.get("load", 0) for found in every.values() for r in found.values())
+    about["load"] = loads[len(loads) // 2] if loads else 0
     result = about | dict(families=families, ways=ways, goals=_goals(single))
     result["batch of 8"] = {
         w: dict(rate=rate(r.values()), batches=len(r), **_trees(r.values()))
@@ -195,6 +197,13 @@ far, unless another is named.
     ]  # fmt: skip
     head = ["way", "against", "goal", "times as fast", "by prompt, quartiles", "prompts", "reached"]
     text += table(head, rows)
+    if result["load"] > result["threads"] + 0.5:
+        text += f"""
+**The machine was not alone**: its load average was {result["load"]:.1f} (median) on
+{result["threads"]} processors, with this benchmark. Rates are then lower than the machine's, by
+chance more for one way than another, and steps that wait for two threads suffer most. Ratios
+compare neighbours in time: take them for a first impression until it is run alone.
+"""
     ways, families = result["ways"], result["families"]
     text += "\n## Tokens per second\n\n"
     rows = []

@@ -8,7 +8,8 @@ from skimp.runtime.tree.costs import Costs
 from skimp.runtime.tree.drafting import Drafting
 from skimp.runtime.tree.engine import Engine
 from skimp.runtime.tree.fused import FusedTarget
-from skimp.runtime.tree.policy import CastPolicy, CostPolicy, FixedPolicy
+from skimp.runtime.tree.policy import CostPolicy
+from skimp.runtime.tree.published import CastPolicy, FixedPolicy
 
 FIXED = ((3, 2), (5, 4), (9, 8), (17, 8))
 """Sizes and depths of fixed trees, of which the best is known in hindsight."""

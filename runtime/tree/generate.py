@@ -13,7 +13,8 @@ from .drafting import Drafting
 from .drawn import DrawnPolicy, Draws
 from .engine import Engine, Prices, Stream
 from .options import Options
-from .policy import Base, CastPolicy, CostPolicy, FixedPolicy
+from .policy import Base, CostPolicy
+from .published import CastPolicy, FixedPolicy
 from .report import Report
 from .target import Target
 from .verify import Sampling

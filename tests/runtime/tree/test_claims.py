@@ -10,7 +10,8 @@ from skimp.runtime.tree.engine import Engine
 from skimp.runtime.tree.hf import HFTarget
 from skimp.runtime.tree.ngram import NGram
 from skimp.runtime.tree.node import Children
-from skimp.runtime.tree.policy import CostPolicy, FixedPolicy, pooled
+from skimp.runtime.tree.policy import CostPolicy, pooled
+from skimp.runtime.tree.published import FixedPolicy
 from skimp.runtime.tree.report import picture
 
 from .drafters import Given

@@ -13,7 +13,8 @@ from skimp.runtime.tree.fused import FusedTarget  # noqa: E402
 from skimp.runtime.tree.generate import TreeDecoder  # noqa: E402
 from skimp.runtime.tree.hf import HFTarget  # noqa: E402
 from skimp.runtime.tree.ngram import NGram  # noqa: E402
-from skimp.runtime.tree.policy import CastPolicy, CostPolicy, FixedPolicy  # noqa: E402
+from skimp.runtime.tree.policy import CostPolicy  # noqa: E402
+from skimp.runtime.tree.published import CastPolicy, FixedPolicy  # noqa: E402
 from skimp.runtime.tree.sparse import SparseSelf  # noqa: E402
 from skimp.runtime.tree.words import Words  # noqa: E402
 

@@ -11,7 +11,8 @@ from skimp.runtime.tree.engine import Engine
 from skimp.runtime.tree.fused import FusedTarget
 from skimp.runtime.tree.hf import HFTarget
 from skimp.runtime.tree.ngram import NGram
-from skimp.runtime.tree.policy import CastPolicy, CostPolicy, FixedPolicy
+from skimp.runtime.tree.policy import CostPolicy
+from skimp.runtime.tree.published import CastPolicy, FixedPolicy
 from skimp.runtime.tree.verify import Sampling
 
 from .drafters import Given, Scripted

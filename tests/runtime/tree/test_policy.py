@@ -7,15 +7,8 @@ import pytest
 import torch
 from skimp.runtime.tree.calibrate import Calibration, Draft, Hindsight, Rate
 from skimp.runtime.tree.node import Children, Tree
-from skimp.runtime.tree.policy import (
-    CastPolicy,
-    CostPolicy,
-    FixedPolicy,
-    best_size,
-    keep_while,
-    ordered,
-    pooled,
-)
+from skimp.runtime.tree.policy import CostPolicy, best_size, ordered, pooled
+from skimp.runtime.tree.published import CastPolicy, FixedPolicy, keep_while
 
 
 def random_draft(n, generator):
