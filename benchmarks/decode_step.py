@@ -109,18 +109,44 @@ def measure(rivals, tokens, seconds):
     return {"rows": len(tokens), **result.as_dict()}
 
 
-def table(found, sizes):
-    """Milliseconds by rival and rows, and GB/s of weights at one row."""
+HEAD = """# One decoding step
+
+Written by `python benchmarks/decode_step.py` from `benchmarks/results/decode_step.json`.
+
+A step takes some rows, each a token with its parent, through the whole decoder: one row is plain
+decoding, more verify drafted tokens, in one call of generated C++ (`skimp/codegen/cpp/decoder.py`).
+What a row gets does not depend, to the bit, on the rows beside it, so greedy text with trees is
+that of plain decoding. Weights are read once per step, whatever the rows; from where products take
+longer than reading, time rises with them.
+
+`FusedTarget(model, dtype=..., blocks=...)` makes one of a model of the Llama kind. With `blocks`,
+converted networks, `verify(.., sparse=True)` runs only the experts that routers choose at
+`threshold(tau)`, and writes keys and values behind the same committed text: the sparse form drafts,
+and `verify` of the dense one overwrites what it left. `verify(.., grow=True)` adds nodes below
+those of the calls before.
+"""
+
+
+def table(found):
+    """Markdown: milliseconds by rival and rows, and GB/s of weights at one row."""
+    sizes, text = found["weight_bytes"], HEAD
+    text += (
+        f"\n{found['model']}, {found['machine']}. Medians of interleaved runs in milliseconds, by "
+    )
+    text += "rows; GB/s are of weights at one row. Reading memory alone reached "
+    text += f"{found['bandwidth'] / 1e9:.1f} GB/s.\n"
     for context, rows in found["contexts"].items():
-        names = list(rows["1"]["timings"]) if "1" in rows else list(next(iter(rows.values())))
-        print(f"\n{context} tokens of context, ms by rows")
-        print(" " * 22 + "".join(f"{n:>8}" for n in rows) + "   GB/s")
+        names = dict.fromkeys(n for r in rows.values() for n in r["timings"])
+        text += f"\n## {context} tokens before it\n\n| | {' | '.join(rows)} | GB/s |\n"
+        text += "| --- |" + " ---: |" * (len(rows) + 1) + "\n"
         for name in names:
             times = [r["timings"].get(name) for r in rows.values()]
-            cells = "".join("       -" if t is None else f"{1e3 * t['median']:8.1f}" for t in times)
+            cells = [f"{1e3 * t['median']:.1f}" if t else "" for t in times]
             size = sizes.get(name.rpartition(" ")[2], sizes["float32"])
-            rate = f"{size / times[0]['median'] / 1e9:7.1f}" if times[0] else ""
-            print(f"{name:22}{cells}{rate}")
+            one = rows.get("1", {"timings": {}})["timings"].get(name)
+            cells.append(f"{size / one['median'] / 1e9:.1f}" if one else "")
+            text += f"| {name} | {' | '.join(cells)} |\n"
+    return text
 
 
 def main():
@@ -132,6 +158,7 @@ def main():
     parser.add_argument("--no-compiled", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode_step.json"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/decode_step.md"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
@@ -160,7 +187,9 @@ def main():
             rows[str(n)] = measure(some, chain[:n], args.seconds)
         found["contexts"][str(context)] = {k: rows[k] for k in sorted(rows, key=int)}
         write_atomically(args.out, json.dumps(found, indent=1).encode())
-    print(json.dumps(found)) if args.json else table(found, sizes)
+    text = table(found)
+    args.docs.write_text(text)
+    print(json.dumps(found) if args.json else text)
 
 
 if __name__ == "__main__":

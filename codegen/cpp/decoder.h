@@ -97,7 +97,7 @@ struct Run {
         at[v] = w + index(b + v) * block_size(k);
         next[v] = w + index(std::min(b + v + TILE_BLOCKS, to - 1)) * block_size(k);
       }
-      products(rows, ld, count, at, next, n, segments, parts,
+      products(rows, ld, count, at, next, n, k, segments, parts,
                [&](long r, long v, const float* y) { take(r, b + v, y); });
     }
   }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import BadWeightsError, SkimpError
+from . import pages
 from .build import build
 from .decoder_spec import DecoderSpec, DecoderWeights, LayerWeights, check
 from .emit import ACTS
@@ -149,7 +150,7 @@ class Cache:
         dtype = getattr(torch, self.spec.dtype)
         for name, width in (("keys", self.spec.head_dim), ("values", self.spec.value)):
             old: Tensor = getattr(self, name)
-            new = torch.empty(self.layers, slots, self.spec.kv_heads, capacity * width, dtype=dtype)
+            new = pages.empty([self.layers, slots, self.spec.kv_heads, capacity * width], dtype)
             if self.slots:
                 new[:, : self.slots, :, : old.shape[-1]] = old
             setattr(self, name, new)
@@ -204,6 +205,7 @@ class Decoder:
         """Threshold of each layer's experts; :meth:`step` with ``sparse`` reads it."""
         check(spec, weights)
         self._kept: list[Tensor] = []  # C++ holds pointers to these
+        self._pages = pages.Pages()
         self._library = library(spec)
         layers = [self._layer(i, layer) for i, layer in enumerate(weights.layers)]
         self._layers = (_Layer * max(1, len(layers)))(*layers)
@@ -310,12 +312,13 @@ class Decoder:
             self._packed(torch.cat([w.q.detach(), w.k.detach(), w.v.detach()])),
             None if w.biases is None else self._float(torch.cat([b.detach() for b in w.biases])),
             *(None if t is None else self._float(t) for t in (w.q_norm, w.k_norm)),
-            self._packed(w.out), self._float(w.norm_mid), self._keep(both), self._packed(w.down),
+            self._packed(w.out), self._float(w.norm_mid), self._keep(self._pages.hold(both)),
+            self._packed(w.down),
             router,
         )  # fmt: skip
 
     def _packed(self, weight: Tensor) -> int:
-        return self._keep(pack(weight, self.spec.lanes, self._dtype))
+        return self._keep(self._pages.hold(pack(weight, self.spec.lanes, self._dtype)))
 
     def _float(self, values: Tensor) -> int:
         return self._keep(values.detach().float().contiguous())

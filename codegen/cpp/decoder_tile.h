@@ -34,18 +34,26 @@ struct Segment {
   int32_t from, to;
 };
 
-// out[r][v] = x[r] . w[v] over the segments, R rows by V blocks; `ahead` are weights to fetch.
+constexpr long AHEAD = 2048 / sizeof(stored) / (LANES * PAIR);  // steps of k
+
+// What is fetched at step k while w[v] is read at it: near[v] up to step `turn`, then later[v].
+struct Ahead {
+  const stored *near[TILE_BLOCKS], *later[TILE_BLOCKS];
+  long turn;
+};
+
+// out[r][v] = x[r] . w[v] over the segments, R rows by V blocks.
 template <int R, int V>
 static __attribute__((noinline)) void tile(const operand* x, long ld, const stored* const* w,
-                                           const stored* const* ahead, const Segment* segments,
-                                           long count, float* out) {
+                                           const Ahead& ahead, const Segment* segments, long count,
+                                           float* out) {
   vf a[R][V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) a[r][v] = vf{};
   for (long s = 0; s < count; s++) {
     const long from = segments[s].from / PAIR, to = (segments[s].to + PAIR - 1) / PAIR;
-    for (long k = from; k < to; k++) {
-      for (int v = 0; v < V; v++) __builtin_prefetch(ahead[v] + k * LANES * PAIR, 0, 2);
+    const auto step = [&](long k, const stored* const* fetched) __attribute__((always_inline)) {
+      for (int v = 0; v < V; v++) __builtin_prefetch(fetched[v] + k * LANES * PAIR, 0, 2);
 #if !defined(STORAGE_BF16)
       vf u[V];
       for (int v = 0; v < V; v++) u[v] = load(w[v] + k * LANES);
@@ -75,7 +83,10 @@ static __attribute__((noinline)) void tile(const operand* x, long ld, const stor
         for (int v = 0; v < V; v++) a[r][v] = fma(g, high[v], fma(f, low[v], a[r][v]));
       }
 #endif
-    }
+    };
+    long k = from;
+    for (; k < std::min(to, ahead.turn); k++) step(k, ahead.near);
+    for (; k < to; k++) step(k, ahead.later);
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) *(vf*)(out + (r * V + v) * LANES) = a[r][v];
@@ -91,7 +102,7 @@ static inline void constant(long n, Body body) {
 }
 
 static inline void tile_of(long rows, long blocks, const operand* x, long ld,
-                           const stored* const* w, const stored* const* ahead,
+                           const stored* const* w, const Ahead& ahead,
                            const Segment* segments, long count, float* out) {
   constant<TILE_BLOCKS>(blocks, [&](auto v) {
     constant<TILE_ROWS>(rows, [&](auto r) {
@@ -100,21 +111,26 @@ static inline void tile_of(long rows, long blocks, const operand* x, long ld,
   });
 }
 
-// Rows of products: x has `rows` rows `ld` apart. `take(r, v, y)` is given the LANES results of row
-// r and the v-th block of `w`. Rows go in tiles of about equal size; the first tile reads the
-// weights from memory, and the last fetches those that come next.
+// Rows of products over k elements: x has `rows` rows `ld` apart. `take(r, v, y)` is given the LANES
+// results of row r and the v-th block of `w`. Rows go in tiles of about equal size; the first tile
+// reads the weights from memory, and the last fetches those that come next.
 template <class Take>
 static inline void products(const operand* x, long ld, long rows, const stored* const* w,
-                            const stored* const* next, long blocks, const Segment* segments,
+                            const stored* const* next, long blocks, long k, const Segment* segments,
                             long count, Take take) {
-  const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-  const stored* near[TILE_BLOCKS];
-  for (long v = 0; v < blocks; v++) near[v] = w[v] + 2048 / sizeof(stored);
+  const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, steps = up_to(k, PAIR) / PAIR;
+  // one tile both reads its blocks and, towards their end, fetches the beginning of the next ones
+  Ahead reading{{}, {}, std::max(0L, steps - AHEAD)}, rest{{}, {}, steps};
+  for (long v = 0; v < blocks; v++) {
+    reading.near[v] = w[v] + AHEAD * LANES * PAIR;
+    reading.later[v] = next[v] - reading.turn * LANES * PAIR;
+    rest.near[v] = next[v];
+  }
   alignas(64) float y[TILE_ROWS * TILE_BLOCKS * LANES];
   for (long t = 0; t < tiles; t++) {
     const long first = rows * t / tiles, n = rows * (t + 1) / tiles - first;
-    const stored* const* ahead = tiles > 1 && t == tiles - 1 ? next : near;
-    tile_of(n, blocks, x + first * ld, ld, w, ahead, segments, count, y);
+    tile_of(n, blocks, x + first * ld, ld, w, tiles > 1 && t == tiles - 1 ? rest : reading,
+            segments, count, y);
     for (long r = 0; r < n; r++)
       for (long v = 0; v < blocks; v++) take(first + r, v, y + (r * blocks + v) * LANES);
   }
