@@ -185,8 +185,8 @@ def main():
         for n in args.rows:
             some = {k: r for k, r in rivals.items() if n == 1 or not isinstance(r, Compiled)}
             rows[str(n)] = measure(some, chain[:n], args.seconds)
-        found["contexts"][str(context)] = {k: rows[k] for k in sorted(rows, key=int)}
-        write_atomically(args.out, json.dumps(found, indent=1).encode())
+            found["contexts"][str(context)] = {k: rows[k] for k in sorted(rows, key=int)}
+            write_atomically(args.out, json.dumps(found, indent=1).encode())
     text = table(found)
     args.docs.write_text(text)
     print(json.dumps(found) if args.json else text)
