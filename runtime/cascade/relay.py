@@ -50,7 +50,7 @@ class Relay:
         except BaseException as error:
             await _close(self.chunks)
             member_error = error if isinstance(error, MemberError) else None
-            kind = member_error.kind if member_error else "cancelled"
+            kind = member_error.kind if member_error else _kind_of(error)
             self._settle(kind, member_error)
             raise
 
@@ -70,8 +70,9 @@ class Relay:
             status, error = failed.kind, failed
         except TimeoutError:
             status, error = "timeout", MemberError("timeout", "the request took too long")
-        except BaseException:
-            self._record("cancelled", "disconnected", None)
+        except BaseException as other:
+            kind = _kind_of(other)
+            self._record(kind, "disconnected" if kind == "cancelled" else "broken", None)
             raise
         finally:
             await _close(self.chunks)
@@ -153,6 +154,11 @@ def _characters(choice: Mapping[str, Any]) -> int:
     if not isinstance(delta, dict):
         return len(str(choice.get("text") or ""))
     return sum(len(str(v)) for k, v in delta.items() if v and k != "role")
+
+
+def _kind_of(error: BaseException) -> str:
+    """A caller who went away cancels; anything else is a mistake in a member or in skimp."""
+    return "error" if isinstance(error, Exception) else "cancelled"
 
 
 async def _close(chunks: AsyncIterator[Chunk]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from skimp.runtime.cascade.config import ConfigError, parse_config
 from skimp.runtime.cascade.extract import answer_of, extractor
 from skimp.runtime.cascade.limits import Limited
+from skimp.runtime.cascade.member import Chunk
 from skimp.runtime.cascade.price import (
     IMAGE_TOKENS,
     answers_wanted,
@@ -351,6 +352,21 @@ def test_a_mistake_of_the_server_s_is_told_without_the_prompt(two, caplog):
     assert any("ValueError at" in r.message for r in caplog.records)
     assert "confidential" not in caplog.text + reply.text
     assert [r["status"] for r in server.rows("requests")] == ["failed"]
+
+
+def test_a_mistake_in_a_stream_is_no_caller_who_hung_up(two):
+    server = two()
+
+    async def broken(*_):
+        yield Chunk.of({"choices": [{"index": 0, "delta": {"content": "confidential"}}]})
+        raise ValueError("confidential")
+
+    server.gateway.entries["large"].member.stream = broken
+    reply = post(server, model="large", stream=True)
+    assert json.loads(reply.text.rsplit("data: ", 1)[1])["error"]["code"] == "internal"
+    server.wait(lambda: server.rows("requests"))
+    assert [r["status"] for r in server.rows("requests")] == ["broken"]
+    assert [a["status"] for a in server.rows("attempts")] == ["error"]
 
 
 # -- configuration and budgets --------------------------------------------------------------------
