@@ -3,6 +3,7 @@
 import json
 import statistics
 
+from decode_extra import replayed, sparse, table
 from decode_ways import FIXED_WAYS, WAYS
 
 GOALS = (
@@ -166,11 +167,6 @@ def _goals(single):
     return found
 
 
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def write_docs(result):
     """docs/decode.md."""
     text = f"""# Decoding with token trees: how fast
@@ -202,7 +198,7 @@ far, unless another is named.
 **The machine was not alone**: its load average was {result["load"]:.1f} (median) on
 {result["threads"]} processors, with this benchmark. Rates are then lower than the machine's, by
 chance more for one way than another, and steps that wait for two threads suffer most. Ratios
-compare neighbours in time: take them for a first impression until it is run alone.
+compare neighbours in time: take them for a first impression until it is run alone.{result.get("note", "")}
 """
     ways, families = result["ways"], result["families"]
     text += "\n## Tokens per second\n\n"
@@ -247,6 +243,7 @@ a thousandth apart; any other difference stops the benchmark. llama.cpp's text i
             for n, w in result["batch of 8"].items()
         ]
         text += table(["way", "tokens per second", "tokens per step", "batches"], rows)
+    text += replayed() + sparse()
     slower = [
         f"`{g['way']}` against {g['against']}: {g['ratio']:.2f}"
         for g in result["goals"]
