@@ -198,7 +198,8 @@ far, unless another is named.
 **The machine was not alone**: its load average was {result["load"]:.1f} (median) on
 {result["threads"]} processors, with this benchmark. Rates are then lower than the machine's, by
 chance more for one way than another, and steps that wait for two threads suffer most. Ratios
-compare neighbours in time: take them for a first impression until it is run alone.{result.get("note", "")}
+compare neighbours in time: take them for a first impression until it is
+run alone.{result.get("note", "")}
 """
     ways, families = result["ways"], result["families"]
     text += "\n## Tokens per second\n\n"
