@@ -27,7 +27,7 @@ from skimp.codegen.triton.spec import (
 )
 from skimp.ir import reference
 from skimp.ir.errors import ArtefactError, CompileError
-from skimp.ir.op import select, use_cuda_kernel
+from skimp.ir.op import use_cuda_kernel
 
 triton = pytest.importorskip("triton")
 
@@ -347,13 +347,6 @@ def test_the_op_is_served_on_cuda_only():
         assert not called
     finally:
         kernels.install()
-
-
-def test_the_threshold_is_rounded_once():
-    """As kernels do; PyTorch on GPUs would round tau to bfloat16 too, and run other experts."""
-    scores = torch.rand(64, 64).bfloat16()
-    limit = (0.3 * scores.float().amax(-1, keepdim=True)).bfloat16()
-    assert torch.equal(select(scores, torch.tensor(0.3)), scores >= limit)
 
 
 def test_words_for_precision():
