@@ -236,6 +236,8 @@ def run_task(task, args):
             found = next((r for r in known if r["variant"] == v.name and r["seed"] == seed), {})
             if found.get("plan") != plan and path.exists():
                 found = json.loads(path.read_text())
+            if found.get("plan") != plan and args.collect:
+                continue
             if found.get("plan") != plan:
                 if model is None:
                     print(f"{task.name}, seed {seed}", flush=True)
@@ -264,6 +266,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("out/ablation"))
     parser.add_argument("--reverse", action="store_true", help="begin with the last seed")
+    parser.add_argument("--collect", action="store_true", help="publish what is there, run nothing")
     parser.add_argument("--json", action="store_true", help="print the results, nothing else")
     parser.add_argument("--page", action="store_true", help="only write docs/ablation.md again")
     args = parser.parse_args()

@@ -76,12 +76,17 @@ class Curves:
 def spread(values, sign=""):
     if values is None:
         return "-"
-    mean = statistics.mean(values)
-    dev = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean:{sign}.2f} ± {dev:.2f}"
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def count(seeds):
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 def verdict(differences):
+    if len(differences) == 1:
+        return "one seed says nothing of the spread"
     if min(differences) > 0:
         return "better in every seed"
     if max(differences) < 0:
@@ -155,8 +160,11 @@ def section(result):
     c = Curves(result)
     dense = [next(r["dense"] for (_, s), r in c.rows.items() if s == seed) for seed in c.seeds]
     text = f"\n## {result['title']}\n\n"
-    text += f"Dense accuracy {spread([100 * d for d in dense])} % over {len(c.seeds)} seeds"
+    text += f"Dense accuracy {spread([100 * d for d in dense])} % over {count(c.seeds)}"
     text += f" (`benchmarks/results/ablation-{result['task']}.json`).\n\n"
+    missing = [c.titles[v["name"]] for v in result["variants"] if v["name"] not in c.names]
+    if missing:
+        text += f"**Not complete**; still to be run on these seeds: {', '.join(missing)}.\n\n"
     text += f"![accuracy against FLOPs](ablation-{result['task']}.svg)\n\n"
     text += "Points of accuracy lost at so many FLOPs removed, mean ± standard deviation:\n\n"
     head = ["", *(f"{lv:.0%}" for lv in LEVELS), "most removed at ≤ 1 point", "every expert"]
@@ -206,7 +214,7 @@ def figure(result):
     axes.set_xlabel("FLOPs of the whole model removed, %")
     axes.set_ylabel("points of accuracy lost")
     axes.legend(frameon=False, fontsize=8, loc="lower left")
-    axes.set_title(f"{result['title']}, {len(c.seeds)} seeds (bands: range)", fontsize=10)
+    axes.set_title(f"{result['title']}, {count(c.seeds)} (bands: range)", fontsize=10)
     picture.tight_layout()
     buffer = io.BytesIO()
     picture.savefig(buffer, format="svg", metadata={"Date": None})
