@@ -3,6 +3,7 @@
 converted = skimp.convert(model, data)            # sparse experts, routers, thresholds
 fast = torch.compile(converted.model, backend="skimp")
 skimp.set_tau(converted.model, 0.1)               # quality against latency, at run time
+skimp.export(converted.model, inputs, "m.pt2")    # ahead of time, with its kernels inside
 skimp.generate(decoder, **inputs)                 # model.generate with token trees, lossless
 """
 
@@ -15,6 +16,7 @@ from .passes.budget import set_tau
 from .passes.convert import Converted, convert, explain, recipe
 from .passes.data import batches, embedded_text, hold_out
 from .passes.graft import graft
+from .runtime.export import export
 from .runtime.hub import install as _install_hub
 from .runtime.hub.folder import save_pretrained, unconvert
 from .runtime.store import load, save
@@ -36,6 +38,7 @@ __all__ = [
     "convert",
     "embedded_text",
     "explain",
+    "export",
     "generate",
     "graft",
     "hold_out",

@@ -35,3 +35,7 @@ class TraceError(SkimpError):
 
 class TargetError(SkimpError):
     """A model that cannot verify token trees, or a drafter or an option that does not fit it."""
+
+
+class ExportError(SkimpError):
+    """A model that cannot leave through a door, or an artefact that is not worth having."""

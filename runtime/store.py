@@ -3,14 +3,18 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..ir import artefact
+from ..ir.errors import ArtefactError
 from ..passes.convert import prepare
+
+if TYPE_CHECKING:
+    from ..codegen.package import Package
 
 
 def save(model: GraphModule, folder: str | Path, example: Mapping[str, Any]) -> None:
@@ -28,12 +32,21 @@ def save(model: GraphModule, folder: str | Path, example: Mapping[str, Any]) -> 
     artefact.write(Path(folder), model, record)
 
 
-def load(folder: str | Path, model: nn.Module) -> GraphModule:
+@overload
+def load(folder: str | Path, model: nn.Module) -> GraphModule: ...
+
+
+@overload
+def load(folder: str | Path) -> "Package": ...
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | Package":
     """Load a converted model.
 
     Args:
-        folder: Where :func:`save` wrote it.
-        model: The architecture it was converted from; its weights do not matter.
+        folder: Where :func:`save` wrote it, or a ``.pt2`` that :func:`skimp.export` wrote.
+        model: The architecture it was converted from; its weights do not matter. A ``.pt2`` needs
+            none.
 
     Returns:
         The converted model; call it like the original.
@@ -41,6 +54,12 @@ def load(folder: str | Path, model: nn.Module) -> GraphModule:
     Raises:
         ArtefactError: A damaged or foreign file, or another architecture.
     """
+    if Path(folder).suffix == ".pt2":
+        from ..codegen.package import load_pt2
+
+        return load_pt2(folder)
+    if model is None:
+        raise ArtefactError(f"{folder} holds weights only: pass the model it was converted from")
     index = artefact.read_index(Path(folder))
     record = index["record"]
     projections = bool(index.get("linears")) or any(

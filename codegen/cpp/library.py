@@ -57,21 +57,26 @@ def load(resolver: Resolver) -> ctypes.CDLL:
 
     _callbacks.append(_Resolve(resolve))
     library.skimp_resolve_with(_callbacks[-1])
-    torch.library.register_fake("skimp_cpu::linear", lambda x, w, b: _rows(x, w.shape[0]))
-    torch.library.register_fake(
-        "skimp_cpu::linears", lambda x, ws, bs: [_rows(x, w.shape[0]) for w in ws]
-    )
-    torch.library.register_fake(
-        "skimp_cpu::dynk_ffn",
+    describe("skimp_cpu")
+    return library
+
+
+@functools.cache
+def describe(namespace: str) -> None:
+    """Tell tracing about the shapes that registered ops return, and that they have no gradient."""
+    register = torch.library.register_fake
+    register(f"{namespace}::linear", lambda x, w, b: _rows(x, w.shape[0]))
+    register(f"{namespace}::linears", lambda x, ws, bs: [_rows(x, w.shape[0]) for w in ws])
+    register(
+        f"{namespace}::dynk_ffn",
         lambda x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, *_: _rows(x, w_out.shape[1]),
     )
-    torch.library.register_fake(
-        "skimp_cpu::routed_ffn",
+    register(
+        f"{namespace}::routed_ffn",
         lambda x, down, up, tau, w_in, b_in, w_gate, b_gate, w_out, *_: _rows(x, w_out.shape[1]),
     )
     for name in OPS:  # nothing to differentiate, so nothing to look at
-        torch.library.impl(f"skimp_cpu::{name}", "Autograd", torch.library.fallthrough_kernel)
-    return library
+        torch.library.impl(f"{namespace}::{name}", "Autograd", torch.library.fallthrough_kernel)
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

@@ -1,0 +1,235 @@
+"""What every door shares: a program from tensors to tensors, and a report of what came out."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+from ..ir.block import DynkFFN
+from ..ir.cost import dense_flops
+from ..ir.errors import ExportError
+from ..passes.lift import blocks, lifted_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A model ready for any door.
+
+    Attributes:
+        program: Takes the input tensors in order, returns a tuple of tensors.
+        inputs, outputs: Their names, in order.
+        example: The tensors it was captured with.
+        taus: The name in ``program`` of each block's threshold, by block.
+        free: Which dimensions of each input are.
+        coverage: Share of the dense model's FLOPs (of linear layers) in converted blocks.
+    """
+
+    program: ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: tuple[Tensor, ...]
+    taus: dict[str, str]
+    free: dict[str, list[int]]
+    coverage: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an export gave.
+
+    Attributes:
+        door: ``pt2``, ``onnx``, ``mlir``, ``iree`` or ``safetensors``.
+        file: Where it is.
+        bytes: Its size, with all files that belong to it.
+        runtime: What is needed to run it.
+        coverage: See :class:`Program`.
+        blocks: Number of converted blocks.
+        errors: By output, ``max`` and ``mean`` absolute difference to the model, and ``relative``:
+            the norm of the difference over that of the output.
+        free: Free dimensions by input.
+        metric: Of the task, of the model and of the artefact, where one was given.
+        notes: What a user should know.
+    """
+
+    door: str
+    file: str
+    bytes: int
+    runtime: str
+    coverage: float
+    blocks: int
+    errors: dict[str, dict[str, float]]
+    free: dict[str, list[int]]
+    metric: dict[str, float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Plain(nn.Module):
+    """A model whose inputs are tensors in a row, and whose outputs are a tuple of tensors.
+
+    No type of the library that the model comes from is left at its border, so that a process
+    without that library can call it.
+    """
+
+    def __init__(self, model: nn.Module, example: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        paths, self._spec = tree_flatten_with_path(dict(example))
+        self._leaves = [value for _, value in paths]
+        self._at = [i for i, value in enumerate(self._leaves) if isinstance(value, Tensor)]
+        self.names = _names([paths[i][0] for i in self._at])
+        self.example = tuple(self._leaves[i] for i in self._at)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors of the keyword arguments, in order."""
+        leaves = [None if isinstance(v, Tensor) else v for v in self._leaves]
+        for i, tensor in zip(self._at, tensors, strict=True):
+            leaves[i] = tensor
+        found, _ = tree_flatten_with_path(self.model(**tree_unflatten(leaves, self._spec)))
+        return tuple(v for _, v in found if isinstance(v, Tensor))
+
+
+def _names(paths: Sequence[Any], empty: str = "input") -> tuple[str, ...]:
+    names = [re.sub(r"\W+", "_", keystr(path)).strip("_") or empty for path in paths]
+    return tuple(n if not n[0].isdigit() else f"{empty}_{n}" for n in names)
+
+
+def capture(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
+) -> Program:
+    """Capture a converted model.
+
+    Args:
+        model: With blocks, in evaluation mode: a graph of :func:`skimp.convert`, or a module tree.
+        example: Keyword arguments of one call; nested lists of tensors are taken apart. Free
+            dimensions should be at least 2 in it.
+        dynamic_shapes: Free dimensions by input name, as :func:`torch.export.export` takes them;
+            by default the first of every tensor, and the second of integers, where the model
+            allows it.
+
+    Raises:
+        ExportError: There is no block, or the model cannot be captured.
+    """
+    if not blocks(model):
+        raise ExportError(
+            f"{type(model).__name__} holds no converted block, so there is nothing of skimp to "
+            "export; convert it first, or use torch.export and torch.onnx.export themselves"
+        )
+    plain = Plain(model, example).eval()
+    outputs = names_of(model, example)
+    if dynamic_shapes is None:
+        given: dict[str, Any] = {
+            n: _free(t) for n, t in zip(plain.names, plain.example, strict=True)
+        }
+    else:
+        given = {n: dict(dynamic_shapes.get(n) or {}) for n in plain.names}
+    shapes = (tuple(given[n] for n in plain.names),)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(plain, plain.example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: {_first_line(error)}\nCheck that it runs "
+            "with this example, and that free dimensions are not fixed in it; "
+            "torch.export.draft_export lists every cause."
+        ) from error
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+    values = values[len(values) - len(plain.names) :]
+    free = {
+        name: [i for i, n in enumerate(v.shape) if isinstance(n, torch.SymInt)]
+        for name, v in zip(plain.names, values, strict=True)
+    }
+    taus = {name: f"model.{name}.tau" for name in blocks(model)}
+    return Program(program, plain.names, outputs, plain.example, taus, free, coverage(model))
+
+
+def _free(tensor: Tensor) -> dict[int, Any]:
+    count = 1 if tensor.is_floating_point() else 2
+    return dict.fromkeys(range(min(count, tensor.dim())), Dim.AUTO)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
+def coverage(model: nn.Module) -> float:
+    """FLOPs of what blocks stand for, as a share of those of all linear layers of the model."""
+    places = lifted_layers(model)
+    here = sum(dense_flops(p) for p in places.values() if isinstance(p, DynkFFN) and not p.dense)
+    inside = tuple(f"{name}." for name in places)
+    rest = sum(
+        2.0 * p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and not name.startswith(inside) and "embed" not in name
+    )
+    total = sum(dense_flops(p) for p in places.values()) + rest
+    return here / total if total else 0.0
+
+
+def differences(
+    names: Sequence[str], want: Sequence[Tensor], got: Sequence[Tensor]
+) -> dict[str, dict[str, float]]:
+    """Compare outputs; see :attr:`Report.errors`."""
+    result = {}
+    for name, a, b in zip(names, want, got, strict=True):
+        if not a.is_floating_point():
+            continue
+        gap = (a - b).float().abs()
+        norm = float(a.float().norm())
+        result[name] = {
+            "max": float(gap.max()) if gap.numel() else 0.0,
+            "mean": float(gap.mean()) if gap.numel() else 0.0,
+            "relative": float(gap.norm()) / max(norm, 1e-30),
+        }
+    return result
+
+
+def check_floor(
+    errors: Mapping[str, Mapping[str, float]], tolerance: float, share: float, floor: float
+) -> None:
+    """Refuse an artefact that is not worth having.
+
+    Raises:
+        ExportError: An output differs by more than ``tolerance``, relatively, or less than
+            ``floor`` of the FLOPs are in converted blocks.
+    """
+    if share < floor:
+        raise ExportError(
+            f"only {share:.1%} of the FLOPs are in converted blocks, less than the floor of "
+            f"{floor:.1%}; convert more of the model (projections), or lower the floor"
+        )
+    for name, e in errors.items():
+        if not e["relative"] <= tolerance:
+            raise ExportError(
+                f"output {name} of the artefact differs from the model by {e['relative']:.1e} "
+                f"(relative; largest {e['max']:.1e}), more than {tolerance:.0e}; nothing was "
+                "written. Raise the tolerance only for storage narrower than float32."
+            )
+
+
+def names_of(model: nn.Module, example: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors of a model's output, in order."""
+    with torch.no_grad():
+        found, _ = tree_flatten_with_path(model(**example))
+    return _names([path for path, v in found if isinstance(v, Tensor)], "output")
+
+
+def run_model(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The tensors of a model's output, in order."""
+    with torch.no_grad():
+        found, _ = tree_flatten_with_path(model(**example))
+    return tuple(v for _, v in found if isinstance(v, Tensor))
+
+
+Metric = Callable[[Callable[..., Sequence[Tensor]]], float]
+"""From a function of the keyword arguments to output tensors, to a number of the task."""

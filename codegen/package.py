@@ -1,0 +1,285 @@
+"""Ahead of time: a ``.pt2`` file with the model, its kernels, and nothing of Python.
+
+AOTInductor compiles the graph; the ops it calls, and every kernel they run, are one C++ library on
+libtorch's stable ABI that lies in the same file, under ``skimp/``. :func:`load` loads the library
+before the model. Thresholds stay constants by name, which a loaded model lets be written.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_flatten
+
+from ..ir.cost import cache_dir, write_atomically
+from ..ir.errors import ArtefactError, ExportError
+from .cpp.bundle import Bundle, bundle, check_machine, load_bundle
+from .cpp.kernels import DTYPES
+from .cpp.library import OPS
+from .cpp.lower import lower
+from .cpp.spec import KernelSpec, LinearSpec, detect_isa
+from .exported import Metric, Report, capture, check_floor, differences, run_model
+from .spec import constants_of
+
+VERSION = 1
+INDEX = "skimp/index.json"  # not under extra/, which torch reads as text
+LIBRARY = "skimp/kernels.so"
+
+
+class _Bundle(CustomGraphPass):
+    """Lower a graph, then point its calls to a library made for it."""
+
+    def __init__(self) -> None:
+        self.made: Bundle | None = None
+
+    def __call__(self, graph: Graph) -> None:
+        lower(graph)
+        ours = torch.ops.skimp_cpu
+        by_target = {getattr(ours, name).default: name for name in OPS}
+        calls = [n for n in graph.nodes if n.target in by_target]
+        if stays := [n for n in graph.nodes if n.target is torch.ops.skimp.dynk_ffn.default]:
+            raise ExportError(
+                f"{len(stays)} blocks have no CPU kernel (dtypes other than "
+                f"{', '.join(DTYPES.values())}, or weights that are not on the CPU)"
+            )
+        specs: list[KernelSpec | LinearSpec] = []
+        for call in calls:
+            specs += _specs(by_target[call.target], [_value(a) for a in call.args])
+        self.made = bundle(specs)
+        there = getattr(torch.ops, self.made.namespace)
+        for call in calls:
+            call.target = getattr(there, by_target[call.target]).default
+
+    def __deepcopy__(self, memo: object) -> "_Bundle":
+        return self  # Inductor copies its configuration, and what is made is asked for here
+
+    def uuid(self) -> Any:
+        """None: what it makes lies beside the code, so neither is to come from a cache."""
+        return
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, list | tuple):
+        return [_value(a) for a in argument]
+    return argument.meta["val"] if isinstance(argument, Node) else argument
+
+
+def _specs(op: str, args: Sequence[Any]) -> list[KernelSpec | LinearSpec]:
+    """The kernels that a call can ask for."""
+    isa = detect_isa()
+
+    def linear(x: Tensor, w: Tensor, bias: bool) -> LinearSpec:
+        return LinearSpec(int(w.shape[1]), int(w.shape[0]), bias, DTYPES[x.dtype], isa)
+
+    x = args[0]
+    if op == "linear":
+        return [linear(x, args[1], args[2] is not None)]
+    if op == "linears":
+        return [linear(x, args[1][0], bool(args[2]))]
+    first: list[KernelSpec | LinearSpec] = []
+    if op == "routed_ffn":
+        first = [linear(x, args[1], False), linear(x, args[2], False)]
+    *weights, size, act = args[-8:]
+    return [*first, KernelSpec(**constants_of(tuple(weights), size, act, DTYPES[x.dtype]), isa=isa)]
+
+
+def export_pt2(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    path: str | Path,
+    *,
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
+    tolerance: float = 1e-4,
+    floor: float = 0.0,
+    metric: Metric | None = None,
+) -> Report:
+    """Compile a converted model ahead of time.
+
+    Args:
+        model: With blocks, on the CPU, in evaluation mode.
+        example: Keyword arguments of one call.
+        path: Ends in ``.pt2``; replaced only when the new file is complete and agrees.
+        dynamic_shapes: See :func:`skimp.codegen.exported.capture`.
+        tolerance: Largest relative difference of an output to the model's.
+        floor: Least share of FLOPs in converted blocks.
+        metric: Of the task, if it shall be reported.
+
+    Raises:
+        ExportError: It cannot be exported, or the result is not within the bounds.
+        CompileError: There is no C++ compiler.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ExportError(f"{path} must end in .pt2")
+    captured = capture(model, example, dynamic_shapes)
+    check_floor({}, tolerance, captured.coverage, floor)
+    lowering = _Bundle()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
+            draft = Path(scratch) / "model.pt2"
+            with torch.no_grad():
+                torch._inductor.aoti_compile_and_package(
+                    captured.program,
+                    package_path=str(draft),
+                    inductor_configs={
+                        "post_grad_custom_post_pass": lowering,
+                        "always_keep_tensor_constants": True,  # else thresholds become numbers
+                    },
+                )
+            assert lowering.made is not None
+            index = {
+                "format": "skimp-pt2",
+                "version": VERSION,
+                "torch": torch.__version__,
+                "namespace": lowering.made.namespace,
+                "library": LIBRARY,
+                "sha256": lowering.made.sha256,
+                "isa": lowering.made.isa,
+                "inputs": list(captured.inputs),
+                "outputs": list(captured.outputs),
+                "taus": captured.taus,
+                "free": captured.free,
+            }
+            _append(draft, index, lowering.made.data)
+            loaded = load_pt2(draft)
+            want = run_model(model, example)
+            got = tuple(loaded.run(*captured.example))
+            errors = differences(captured.outputs, want, got)
+            check_floor(errors, tolerance, captured.coverage, floor)
+            size = draft.stat().st_size
+            os.replace(draft, path)
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written ({error.strerror or error}); what was there is unharmed"
+        ) from error
+    found = None
+    if metric is not None:
+        found = {
+            "model": metric(lambda **kwargs: run_model(model, kwargs)),
+            "artefact": metric(lambda **kwargs: loaded.run(*_leaves(kwargs))),
+        }
+    runtime = f"torch {torch.__version__} (libtorch suffices, no Python), {lowering.made.isa}"
+    return Report(
+        "pt2", str(path), size, runtime, captured.coverage, len(captured.taus), errors,
+        captured.free, found,
+    )  # fmt: skip
+
+
+def _leaves(kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [v for v in tree_flatten(dict(kwargs))[0] if isinstance(v, Tensor)]
+
+
+def _append(path: Path, index: Mapping[str, Any], library: bytes) -> None:
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        root = archive.namelist()[0].split("/")[0]
+        archive.writestr(f"{root}/{LIBRARY}", library)
+        archive.writestr(f"{root}/{INDEX}", json.dumps(index, indent=1))
+
+
+class Package:
+    """A loaded ``.pt2``.
+
+    Attributes:
+        index: What was noted at export.
+        inputs, outputs: Names, in order.
+    """
+
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.index = index
+        self.inputs: list[str] = index["inputs"]
+        self.outputs: list[str] = index["outputs"]
+        try:
+            self._model: Any = torch._inductor.aoti_load_package(str(path))
+        except Exception as error:
+            raise ArtefactError(
+                f"{path} cannot be loaded by torch {torch.__version__} (it was made by "
+                f"{index['torch']}): {str(error).strip().splitlines()[0]}"
+            ) from error
+        names = self._model.get_constant_fqns()
+        if lost := [n for n in index["taus"].values() if n not in names]:
+            raise ArtefactError(f"{path} has no constants {lost[:3]}; it is damaged")
+
+    def run(self, *tensors: Tensor) -> list[Tensor]:
+        """From the inputs, in order, to the outputs, in order."""
+        if len(tensors) != len(self.inputs):
+            raise ValueError(f"{len(tensors)} inputs where {', '.join(self.inputs)} are needed")
+        return list(self._model.loader.run(list(tensors)))
+
+    def __call__(self, **kwargs: Any) -> dict[str, Tensor]:
+        """Call it like the model; outputs by name."""
+        return dict(zip(self.outputs, self.run(*_leaves(kwargs)), strict=True))
+
+    def set_tau(self, tau: float | Mapping[str, float]) -> None:
+        """Turn the knob: one threshold in ``[0, 1]``, or one per block by name.
+
+        Raises:
+            ValueError: A threshold outside ``[0, 1]``, or an unknown block.
+        """
+        names: dict[str, str] = self.index["taus"]
+        values = dict(tau) if isinstance(tau, Mapping) else dict.fromkeys(names, float(tau))
+        for name, value in values.items():
+            if name not in names:
+                raise ValueError(f"no block is named {name!r}; there are {', '.join(names)}")
+            if not 0 <= value <= 1:
+                raise ValueError(f"tau {value} of {name} is outside [0, 1]")
+        update = {names[n]: torch.tensor(float(v)) for n, v in values.items()}
+        self._model.load_constants(update, check_full_update=False)
+
+
+def load_pt2(path: str | Path) -> Package:
+    """Load a package: its kernels first, then the model.
+
+    Raises:
+        ArtefactError: It is damaged, truncated, foreign, without its kernels, or made for another
+            processor.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {n.split("/", 1)[-1]: n for n in archive.namelist()}
+            if INDEX not in names:
+                raise ArtefactError(f"{path} holds no {INDEX}: it was not written by skimp.export")
+            index = json.loads(archive.read(names[INDEX]))
+            if index.get("version") != VERSION:
+                raise ArtefactError(
+                    f"{path} has version {index.get('version')}; this skimp reads {VERSION}"
+                )
+            check_machine(str(index["isa"]), str(path))
+            if index["library"] not in names:
+                raise ArtefactError(
+                    f"{path} lacks its kernel library {index['library']}; export the model again"
+                )
+            library = archive.read(names[index["library"]])
+            if hashlib.sha256(library).hexdigest() != index["sha256"]:
+                raise ArtefactError(f"the kernel library in {path} is not the one it was made with")
+            if bad := archive.testzip():
+                raise ArtefactError(f"{path} is damaged at {bad}; export the model again")
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path} does not exist") from error
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise ArtefactError(f"{path} is damaged or truncated ({error}); export it again") from error
+    namespace = str(index["namespace"])
+    where = cache_dir() / "packages" / f"{namespace}-{index['sha256'][:16]}.so"
+    try:
+        if not where.exists() or hashlib.sha256(where.read_bytes()).hexdigest() != index["sha256"]:
+            write_atomically(where, library)
+    except OSError as error:
+        raise ArtefactError(
+            f"the kernel library cannot be unpacked to {where} ({error.strerror or error}); point "
+            "SKIMP_CACHE at a folder that can be written"
+        ) from error
+    load_bundle(where, namespace)
+    return Package(path, index)
+
+
+__all__ = ["Package", "export_pt2", "load_pt2"]

@@ -1,0 +1,90 @@
+"""Every door out: ``skimp.export(model, example, "m.pt2")``."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from ..codegen.exported import Report, check_floor, coverage, differences, names_of, run_model
+from ..ir.errors import ExportError
+from ..passes.lift import blocks
+
+DOORS = ("pt2", "safetensors")
+"""The forms that :func:`export` writes."""
+
+
+def door_of(path: Path) -> str:
+    """The door that a file name asks for: by its suffix, or ``safetensors`` for a folder."""
+    return path.suffix.removeprefix(".") or "safetensors"
+
+
+def export(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    path: str | Path,
+    *,
+    to: str | None = None,
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
+    tolerance: float = 1e-4,
+    floor: float = 0.0,
+) -> Report:
+    """Write a converted model in a form that leaves Python, and compare it with the model.
+
+    Args:
+        model: With blocks, on the CPU, in evaluation mode.
+        example: Keyword arguments of one call, free dimensions at least 2.
+        path: A file, or a folder for ``safetensors``; replaced only when the new one agrees.
+        to: One of :data:`DOORS`; by default as the path's suffix says.
+        dynamic_shapes: Free dimensions by input; by default batch and length.
+        tolerance: Largest relative difference of an output to the model's.
+        floor: Least share of the model's FLOPs in converted blocks.
+
+    Raises:
+        ExportError: It cannot be exported, or the result is not within the bounds.
+    """
+    door = to or door_of(Path(path))
+    if door == "pt2":
+        from ..codegen.package import export_pt2
+
+        return export_pt2(
+            model, example, path, dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor
+        )
+    if door == "safetensors":
+        return _export_folder(model, example, Path(path), tolerance, floor)
+    raise ExportError(f"there is no door {door!r}; there are {', '.join(DOORS)}")
+
+
+def _export_folder(
+    model: nn.Module, example: Mapping[str, Any], path: Path, tolerance: float, floor: float
+) -> Report:
+    from .store import save
+
+    if not isinstance(model, GraphModule):
+        raise ExportError(
+            "a folder of safetensors takes the graph that skimp.convert gave; for a module tree "
+            "there is skimp.save_pretrained"
+        )
+    share = coverage(model)
+    check_floor({}, tolerance, share, floor)
+    save(model, path, example)
+    names = names_of(model, example)
+    again = _reader(path, model)
+    errors = differences(names, run_model(model, example), run_model(again, example))
+    size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
+    free: dict[str, list[int]] = {}
+    return Report(
+        "safetensors", str(path), size, "torch, skimp and the model's own code", share,
+        len(blocks(model)), errors, free,
+    )  # fmt: skip
+
+
+def _reader(path: Path, model: GraphModule) -> GraphModule:
+    """What the folder holds, in a copy of the graph: the architecture is not at hand."""
+    from ..ir.artefact import read_into
+
+    again = copy.deepcopy(model)
+    read_into(path, again)
+    return again

@@ -1,0 +1,170 @@
+"""A .pt2 in a fresh process: the same numbers, a knob that turns, and errors that say why."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import skimp
+import torch
+from skimp.codegen import package
+from skimp.ir.errors import ArtefactError, ExportError
+from torch import nn
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent))
+from models import ids, minilm, small_bert
+
+SHAPES = [(1, 1), (2, 7), (3, 6), (5, 9), (8, 16)]
+FRESH = """
+import sys, torch
+from skimp.codegen.package import load_pt2
+package, cases = load_pt2(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)
+assert "transformers" not in sys.modules
+for tau, inputs, want in cases:
+    package.set_tau(tau)
+    got = package(**inputs)[package.outputs[0]]
+    assert (got - want).norm() <= 1e-4 * want.norm(), (tau, inputs["input_ids"].shape)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    model, path = small_bert(), tmp_path_factory.mktemp("pt2") / "m.pt2"
+    return model, path, skimp.export(model, ids(), path)
+
+
+def rewritten(path, to, change):
+    """A copy of an archive; ``change`` gives new contents of a member by its name, or None."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w") as target:
+        for name in source.namelist():
+            data = change(name, source.read(name))
+            if data is not None:
+                target.writestr(name, data)
+    return to
+
+
+def run_fresh(path, cases, tmp_path):
+    torch.save(cases, tmp_path / "cases.pt")
+    command = [sys.executable, "-c", FRESH, str(path), str(tmp_path / "cases.pt")]
+    got = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert got.returncode == 0, got.stderr
+
+
+@torch.no_grad()
+def test_minilm_with_its_projections(tmp_path):
+    model, path = minilm(), tmp_path / "minilm.pt2"
+    report = skimp.export(model, ids(), path)
+    assert report.blocks == 6 * 5
+    cases = []
+    for shape in SHAPES:
+        cases.append((0.3, ids(*shape), model(**ids(*shape))[0]))
+    skimp.set_tau(model, 0.8)
+    cases.append((0.8, ids(2, 5), model(**ids(2, 5))[0]))
+    run_fresh(path, cases, tmp_path)
+
+
+@torch.no_grad()
+def test_a_fresh_process_gives_the_same_over_five_shapes_and_three_thresholds(made, tmp_path):
+    model, path, report = made
+    assert report.blocks == 10
+    assert report.coverage > 0.5
+    assert all(dims == [0, 1] for dims in report.free.values())
+    assert max(e["relative"] for e in report.errors.values()) <= 1e-4
+    cases, outputs = [], []
+    for tau in (0.0, 0.3, 0.9):
+        skimp.set_tau(model, tau)
+        for shape in SHAPES:
+            cases.append((tau, ids(*shape), model(**ids(*shape))[0]))
+        outputs.append(cases[-1][2])
+    skimp.set_tau(model, 0.3)
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)  # the knob does something
+    run_fresh(path, cases, tmp_path)
+
+
+def test_a_threshold_that_fits_no_block_is_refused(made):
+    loaded = skimp.load(made[1])
+    with pytest.raises(ValueError, match="outside"):
+        loaded.set_tau(1.5)
+    with pytest.raises(ValueError, match="no block is named 'x'"):
+        loaded.set_tau({"x": 0.5})
+
+
+def test_a_missing_kernel_library(made, tmp_path):
+    path = rewritten(
+        made[1], tmp_path / "m.pt2", lambda n, d: None if n.endswith(package.LIBRARY) else d
+    )
+    with pytest.raises(ArtefactError, match="lacks its kernel library"):
+        skimp.load(path)
+
+
+def test_another_kernel_library(made, tmp_path):
+    path = rewritten(
+        made[1], tmp_path / "m.pt2", lambda n, d: d[:-1] + b"x" if n.endswith(".so") else d
+    )
+    with pytest.raises(ArtefactError, match="not the one it was made with"):
+        skimp.load(path)
+
+
+def test_a_file_for_another_processor(made, tmp_path, monkeypatch):
+    def wider(name, data):
+        if not name.endswith(package.INDEX):
+            return data
+        return json.dumps(json.loads(data) | {"isa": "avx512_bf16"}).encode()
+
+    path = rewritten(made[1], tmp_path / "m.pt2", wider)
+    monkeypatch.setattr("skimp.codegen.cpp.bundle.detect_isa", lambda: "avx2")
+    with pytest.raises(ArtefactError, match="compiled for avx512_bf16, and this machine has avx2"):
+        skimp.load(path)
+
+
+def test_damage_of_any_kind(made, tmp_path):
+    path, data = tmp_path / "m.pt2", made[1].read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArtefactError, match="damaged or truncated"):
+        skimp.load(path)
+    with zipfile.ZipFile(made[1]) as archive:
+        largest = max(archive.infolist(), key=lambda i: i.file_size)
+    at = largest.header_offset + largest.file_size // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    with pytest.raises(ArtefactError, match="damaged"):
+        skimp.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ArtefactError, match="damaged or truncated"):
+        skimp.load(path)
+    with pytest.raises(ArtefactError, match="does not exist"):
+        skimp.load(tmp_path / "none.pt2")
+
+
+def test_an_archive_of_somebody_else(made, tmp_path):
+    path = rewritten(made[1], tmp_path / "m.pt2", lambda n, d: None if "/skimp/" in n else d)
+    with pytest.raises(ArtefactError, match=r"not written by skimp\.export"):
+        skimp.load(path)
+
+
+def test_a_model_that_is_not_worth_it_leaves_what_was_there(made, tmp_path):
+    path = tmp_path / "m.pt2"
+    shutil.copy(made[1], path)
+    before = path.read_bytes()
+    with pytest.raises(ExportError, match=r"less than the floor of 99\.0%"):
+        skimp.export(made[0], ids(), path, floor=0.99)
+    assert path.read_bytes() == before
+    with pytest.raises(ExportError, match="no converted block"):
+        skimp.export(nn.Linear(2, 2), {"input": torch.ones(2, 2)}, path)
+    with pytest.raises(ExportError, match=r"must end in \.pt2"):
+        skimp.export(made[0], ids(), tmp_path / "m.zip", to="pt2")
+
+
+@torch.no_grad()
+def test_a_folder_of_safetensors(made, tmp_path):
+    report = skimp.export(made[0], ids(), tmp_path / "folder")
+    assert report.door == "safetensors"
+    assert report.errors["last_hidden_state"]["max"] == 0
+    assert report.bytes > 50_000
+    with pytest.raises(ArtefactError, match="pass the model it was converted from"):
+        skimp.load(tmp_path / "folder")
+    with pytest.raises(ExportError, match="there is no door 'coreml'"):
+        skimp.export(made[0], ids(), tmp_path / "folder", to="coreml")
