@@ -212,7 +212,10 @@ def test_the_sparse_self_shares_the_cache_and_changes_speed_alone(kind, model, t
         got, report = run(model, [drafter], prompts[:batch], target=target)
         assert got == want[:batch]
         if taus == [0.0]:  # nothing is left out: always right
-            assert report.tokens_per_step > 4
+            kind, options = POLICIES["fixed"]
+            got, report = run(model, [drafter], prompts[:batch], kind, target=target, **options)
+            assert got == want[:batch]
+            assert report.tokens_per_step > 3.8  # of 4, but for the last step
     got, _ = run(model, [sparse(target, [0.5]), NGram()], prompts[:2], target=target)
     assert got == want[:2]
     assert isinstance(model.model.layers[0].mlp, type(llama().model.layers[0].mlp))
