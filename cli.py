@@ -20,6 +20,7 @@ from rich.table import Table
 
 from .cli_cascade import cascade, serve
 from .cli_economics import economics
+from .cli_export import export
 from .cli_tree import generate, train_drafter
 from .ir.cost import cache_dir
 from .ir.errors import SkimpError
@@ -37,6 +38,7 @@ app.command(epilog="Example:  skimp generate smollm2 --prompt 'Why is the sky bl
 app.command("train-drafter", epilog="Example:  skimp train-drafter smollm2 --prompts prompts.txt")(
     train_drafter
 )
+app.command(epilog="Example:  skimp export out/model --to pt2 -o encoder.pt2")(export)
 _out = Console()
 _err = Console(stderr=True)
 

@@ -12,7 +12,7 @@ from ..codegen.exported import Report, check_floor, coverage, differences, names
 from ..ir.errors import ExportError
 from ..passes.lift import blocks
 
-DOORS = ("pt2", "safetensors")
+DOORS = ("pt2", "onnx", "safetensors")
 """The forms that :func:`export` writes."""
 
 
@@ -30,6 +30,7 @@ def export(
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
     tolerance: float = 1e-4,
     floor: float = 0.0,
+    opset: int | None = None,
 ) -> Report:
     """Write a converted model in a form that leaves Python, and compare it with the model.
 
@@ -41,6 +42,7 @@ def export(
         dynamic_shapes: Free dimensions by input; by default batch and length.
         tolerance: Largest relative difference of an output to the model's.
         floor: Least share of the model's FLOPs in converted blocks.
+        opset: Of ONNX; by default the smallest that is written.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
@@ -52,9 +54,44 @@ def export(
         return export_pt2(
             model, example, path, dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor
         )
+    if door == "onnx":
+        from ..codegen.onnx import export_onnx
+
+        return export_onnx(
+            model, example, path, dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor,
+            **({} if opset is None else {"opset": opset}),
+        )  # fmt: skip
     if door == "safetensors":
         return _export_folder(model, example, Path(path), tolerance, floor)
     raise ExportError(f"there is no door {door!r}; there are {', '.join(DOORS)}")
+
+
+RUNTIMES = {
+    "pt2": "torch (libtorch suffices, no Python) and a CPU like this one",
+    "onnx": "any ONNX Runtime",
+    "safetensors": "torch, skimp and the model's own code",
+}
+"""What each door's artefacts need."""
+
+
+def dry_run(model: nn.Module, to: str, floor: float = 0.0) -> dict[str, Any]:
+    """What an export would cover, without compiling or writing anything.
+
+    Raises:
+        ExportError: It would be refused.
+    """
+    if to not in DOORS:
+        raise ExportError(f"there is no door {to!r}; there are {', '.join(DOORS)}")
+    found = blocks(model)
+    if not found:
+        raise ExportError("the model holds no converted block; convert it first")
+    share = coverage(model)
+    check_floor({}, 0.0, share, floor)
+    dense = sum(b.dense for b in found.values())
+    return {
+        "door": to, "coverage": share, "blocks": len(found), "dense": dense,
+        "runtime": RUNTIMES[to],
+    }  # fmt: skip
 
 
 def _export_folder(
@@ -76,7 +113,7 @@ def _export_folder(
     size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
     free: dict[str, list[int]] = {}
     return Report(
-        "safetensors", str(path), size, "torch, skimp and the model's own code", share,
+        "safetensors", str(path), size, RUNTIMES["safetensors"], share,
         len(blocks(model)), errors, free,
     )  # fmt: skip
 
