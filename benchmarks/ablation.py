@@ -262,7 +262,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=[*TASKS])
+    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="all by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("out/ablation"))
     parser.add_argument("--reverse", action="store_true", help="begin with the last seed")
@@ -272,7 +272,7 @@ def main():
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, of copied graphs
     kernels.install()
-    for name in [] if args.page else args.tasks:
+    for name in [] if args.page else args.tasks or TASKS:
         task = TASKS[name]
         rows = run_task(task, args)
         result = {
