@@ -6,6 +6,7 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
+from page import table
 from skimp.ir.cost import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -33,11 +34,6 @@ see the same number of training steps at each stage. FLOPs are those of the whol
 products and attention, routers included. Thresholds were set on data that is neither trained nor
 measured on. Between measured points accuracy is interpolated.
 """
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 class Curves:

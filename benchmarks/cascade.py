@@ -12,13 +12,14 @@ import argparse
 import ast
 import csv
 import json
-import os
 import platform
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
+from skimp.ir.cost import write_atomically
+from skimp.passes.data import data_file
 from skimp.runtime.cascade.calibrate import (
     SKIP,
     Goal,
@@ -32,7 +33,6 @@ from skimp.runtime.cascade.calibrate import (
 from skimp.runtime.cascade.extract import vote
 from skimp.runtime.cascade.traces import MemberSpec, Table, _draw, tabulate
 
-DATA = Path(os.environ.get("SKIMP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ALPHA, DELTA = 0.1, 0.1
 SHARES = (0.3, 0.3, 0.4)  # to measure regret, to bound the cost, to judge
 WORDS = 1.25  # tokens per word, as the paper counts them where no tokens were recorded
@@ -44,9 +44,11 @@ def words(text):
 
 def gsm8k(strong_samples):
     """Programs of Llama-2-13B (5 of 24 stored) and GPT-4 for 400 questions, results voted."""
-    folder = DATA / "cascade_samples"
-    weak = json.loads((folder / "gsm_pot_llama2_13B.json").read_text())
-    strong = json.loads((folder / "gsm_pot_GPT4.json").read_text())[: len(weak)]
+    weak, strong = (
+        json.loads(data_file("cascade_samples", f"gsm_pot_{name}.json").read_text())
+        for name in ("llama2_13B", "GPT4")
+    )
+    strong = strong[: len(weak)]
     members = [MemberSpec("llama-2-13b", 5), MemberSpec("gpt-4", strong_samples)]
     prices = ((0.25, 0.5), (10.0, 30.0))  # US dollars per million tokens, in and out
     traces, gold = [], []
@@ -76,7 +78,7 @@ def gsm8k(strong_samples):
 
 def routellm_gsm8k():
     """One answer each of Mixtral-8x7B and GPT-4 to 1,319 questions: no votes to count."""
-    with (DATA / "routellm/gsm8k_responses.csv").open(newline="") as file:
+    with data_file("routellm", "gsm8k_responses.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = ["mistralai/Mixtral-8x7B-Instruct-v0.1", "gpt-4-1106-preview"]
     traces = []
@@ -93,12 +95,12 @@ def routellm_gsm8k():
 
 def routerarena():
     """One answer each of claude-3-haiku and gemini-2.0-flash, which is cheaper and better."""
-    prices = json.loads((DATA / "routerarena/cost.json").read_text())
+    prices = json.loads(data_file("routerarena", "cost.json").read_text())
     names = ["claude-3-haiku-20240307", "gemini-2.0-flash-001"]
     found = {}
     for name in names:
         price = prices.get(name) or prices[name.removesuffix("-001")]
-        for line in (DATA / f"routerarena/{name}.jsonl").read_text().splitlines():
+        for line in data_file("routerarena", f"{name}.jsonl").read_text().splitlines():
             row = json.loads(line)
             usage, result = (
                 ast.literal_eval(v) if isinstance(v, str) else v
@@ -270,8 +272,6 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cascade.json"))
     args = parser.parse_args()
-    if not DATA.exists():
-        raise SystemExit(f"no data in {DATA}; set SKIMP_DATA")
     splits = 20 if args.quick else 300
     result = {"python": platform.python_version(), "numpy": np.__version__}
     result |= {"splits": splits, "alpha": ALPHA, "delta": DELTA, "shares": SHARES}
@@ -286,8 +286,7 @@ def main():
                 f"search, {mode}: {t['median']:.3f} s ({t['spread'][0]:.3f}-{t['spread'][1]:.3f})"
             )
     if not args.quick:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1))
+        write_atomically(args.out, json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import torch
 from decode_report import summary, write_docs
 from decode_ways import BATCHED, REFERENCES, WAYS, Bench
 from skimp.ir.cost import write_atomically
-from skimp.ir.errors import SkimpError, VerificationError
+from skimp.ir.errors import VerificationError
 from skimp.ir.measure import machine
+from skimp.passes.data import data_file
 from skimp.runtime.models import DECODER, load_decoder
 
 SUB = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -27,14 +28,14 @@ LONGEST = 1024
 """Prompts of more tokens are left out: on a CPU they measure the prompt's pass."""
 
 
-def prompts(data, tokenizer, count):
+def prompts(tokenizer, count):
     """Tokens by name, family by family in turn: ``family-0`` of each, then ``family-1``, .."""
     found = {family: [] for family in FAMILIES}
-    for line in (data / "spec_bench/question.jsonl").read_text().splitlines():
+    for line in data_file("spec_bench", "question.jsonl").read_text().splitlines():
         row = json.loads(line)
         family = "chat" if row["category"] in SUB else row["category"]
         found[family].append(row["turns"][0])
-    for line in (data / "gsm8k/test.jsonl").read_text().splitlines()[: 4 * count]:
+    for line in data_file("gsm8k", "test.jsonl").read_text().splitlines()[: 4 * count]:
         found["gsm8k"].append(json.loads(line)["question"])
     chosen = {}
     for family, texts in found.items():
@@ -49,11 +50,6 @@ def prompts(data, tokenizer, count):
                 chosen[f"{family}-{kept}"] = list(ids)
                 kept += 1
     return {f"{f}-{i}": chosen[f"{f}-{i}"] for i in range(count) for f in FAMILIES}
-
-
-def family_of(name):
-    """Of a prompt's name."""
-    return name.rpartition("-")[0]
 
 
 def items(found):
@@ -133,10 +129,7 @@ def main():
         return
     loaded = load_decoder(DECODER)
     bench = Bench(loaded, args.tokens, sparse=args.sparse, head=args.head, log=log)
-    data = os.environ.get("SKIMP_DATA")
-    if not data:
-        raise SkimpError("set SKIMP_DATA to the folder that holds spec_bench/ and gsm8k/")
-    found = prompts(Path(data), loaded.tokenizer, args.prompts)
+    found = prompts(loaded.tokenizer, args.prompts)
     about = dict(
         machine=machine(), threads=args.threads, torch=torch.__version__, model=DECODER,
         tokens=args.tokens, prompts=args.prompts, longest_prompt=LONGEST,
@@ -144,9 +137,10 @@ def main():
     write_atomically(args.folder / "about.json", json.dumps(about).encode())
     wanted = tuple(filter(None, args.only.split(",")))
     single, batches = items(found)
-    single = [(n, rows, bench.ways(WAYS, wanted)) for n, rows in single]
-    batches = [(n, rows, bench.ways(BATCHED, wanted)) for n, rows in batches[: args.batches]]
-    for turn, (name, rows, ways) in enumerate([*single, *batches]):
+    alone, together = bench.ways(WAYS, wanted), bench.ways(BATCHED, wanted)
+    turns = [(item, alone) for item in single]
+    turns += [(item, together) for item in batches[: args.batches]]
+    for turn, ((name, rows), ways) in enumerate(turns):
         first = turn % max(len(ways), 1)
         order = ways[first:] + ways[:first]
         order.sort(key=lambda w: w in REFERENCES)  # what others are compared with comes first

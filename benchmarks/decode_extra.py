@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from page import table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -10,12 +12,6 @@ def read(name):
     """A result, if it was measured."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def table(head, rows):
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def busy(load):

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from decode import FAMILIES, family_of, prompts
+from decode import FAMILIES, prompts
+from decode_report import family
 from skimp.ir.cost import write_atomically
 from skimp.ir.measure import machine
 from skimp.runtime.models import DECODER, load_decoder
@@ -129,9 +130,8 @@ def compare(found, texts, curve):
         for prompt, text in texts.items():
             if len(text) > 1:
                 got = replay(policy, drafter, curve, found[prompt], text)
-                by[family_of(prompt)] = [
-                    a + b for a, b in zip(by[family_of(prompt)], got, strict=True)
-                ]
+                sums = by[family(prompt)]
+                by[family(prompt)] = [a + b for a, b in zip(sums, got, strict=True)]
         total = [sum(x) for x in zip(*by.values(), strict=True)]
         result[name] = dict(
             rate=total[1] / total[0],
@@ -152,7 +152,7 @@ def main():
     torch.set_num_threads(args.threads)
     loaded = load_decoder(DECODER)
     target = FusedTarget(loaded.model)
-    found = prompts(Path(os.environ["SKIMP_DATA"]), loaded.tokenizer, args.prompts)
+    found = prompts(loaded.tokenizer, args.prompts)
     stop = frozenset([loaded.model.generation_config.eos_token_id])
     path = args.folder / f"texts-{args.prompts}-{args.tokens}.json"
     if not path.exists():

@@ -3,8 +3,9 @@
 import json
 import statistics
 
-from decode_extra import replayed, sparse, table
+from decode_extra import replayed, sparse
 from decode_ways import FIXED_WAYS, WAYS
+from page import table
 
 GOALS = (
     ("tree", "HF generate", 3.0),
@@ -60,6 +61,7 @@ def ratio(a, b):
 
 
 def family(name):
+    """Of a prompt's name."""
     return name.rpartition("-")[0]
 
 

@@ -59,7 +59,7 @@ def main():
     target, _ = Drafting.parse("sparse").target(loaded.model, None)
     texts = json.loads(args.texts.read_text())
     count = int(args.texts.stem.split("-")[1])
-    found = prompts(Path(os.environ["SKIMP_DATA"]), loaded.tokenizer, count)
+    found = prompts(loaded.tokenizer, count)
     rows = []
     for tau in (0.0, 0.02, 0.05, 0.1, 0.2, 0.35):
         target.threshold(tau)

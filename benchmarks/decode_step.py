@@ -10,13 +10,12 @@ Several runs may fill one file: what is measured replaces what is there.
 """
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
 import torch
 from block import bandwidth
-from llamacpp import LlamaCpp
+from llamacpp import LlamaCpp, installed
 from skimp.ir.cost import write_atomically
 from skimp.ir.measure import agree, compare, machine
 from skimp.runtime.models import DECODER, load_pretrained
@@ -171,7 +170,7 @@ def main():
     rivals["transformers"] = Own(model)
     if not args.no_compiled:
         rivals["torch.compile"] = Compiled(model)
-    if importlib.util.find_spec("llama_cpp"):
+    if installed():
         room = max(args.contexts) + 256
         rivals |= {f"llama.cpp {k}": LlamaCpp(k, room) for k in ("F32", "BF16", "Q8_0")}
     sizes = {n: weight_bytes(model, getattr(torch, n)) for n in TYPES}
@@ -192,7 +191,7 @@ def main():
             found["contexts"][str(context)] = {k: rows[k] for k in sorted(rows, key=int)}
             write_atomically(args.out, json.dumps(found, indent=1).encode())
     text = table(found)
-    args.docs.write_text(text)
+    write_atomically(args.docs, text.encode())
     print(json.dumps(found) if args.json else text)
 
 

@@ -3,7 +3,9 @@
 import time
 
 import torch
+from llamacpp import LlamaCpp, installed
 from skimp.ir.errors import SkimpError
+from skimp.runtime.models import load_decoder
 from skimp.runtime.tree.costs import Costs
 from skimp.runtime.tree.drafting import Drafting
 from skimp.runtime.tree.engine import Engine
@@ -52,12 +54,8 @@ class Bench:
     """Runs ways; makes what they need at their first turn."""
 
     def __init__(self, loaded, tokens, *, sparse=None, head=None, log=print):
-        self.model, self.tokenizer, self.tokens, self.log = (
-            loaded.model,
-            loaded.tokenizer,
-            tokens,
-            log,
-        )
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.tokens, self.log = tokens, log
         self.sparse, self.head = sparse, head
         self.stop = frozenset([self.model.generation_config.eos_token_id])
         self.targets, self.engines, self.compiled, self.llamas = {}, {}, {}, {}
@@ -68,7 +66,7 @@ class Bench:
         for name in names:
             if wanted and name not in wanted and not name.startswith(_begins(wanted)):
                 continue
-            if (name in PEERS and not _has_llama()) or (
+            if (name in PEERS and not installed()) or (
                 "sparse" in name and self.sparse is None
             ) or ("head" in name and self.head is None):  # fmt: skip
                 continue
@@ -123,8 +121,7 @@ class Bench:
         if key in self.engines:
             return self.engines[key]
         dtype = torch.bfloat16 if "bfloat16" in way else torch.float32
-        target, model = self._target(dtype, "sparse" in way)
-        costs = self.targets[dtype, "sparse" in way][2]
+        target, model, costs = self._target(dtype, "sparse" in way)
         draft = DRAFTS.get(way, "ngram")
         if draft == "head":
             draft = f"head:{self.head}"
@@ -149,16 +146,13 @@ class Bench:
     def _target(self, dtype, sparse):
         key = dtype, sparse
         if key not in self.targets:
-            model, target = self.model, None
             if sparse:
-                from transformers import AutoModelForCausalLM
-
-                model = AutoModelForCausalLM.from_pretrained(self.sparse).eval()
-                target, model = Drafting.parse("sparse").target(model, dtype)
+                converted = load_decoder(str(self.sparse)).model
+                target, model = Drafting.parse("sparse").target(converted, dtype)
             else:
-                target = FusedTarget(model, dtype=dtype)
+                target, model = FusedTarget(self.model, dtype=dtype), self.model
             self.targets[key] = target, model, Costs(target.name)
-        return self.targets[key][:2]
+        return self.targets[key]
 
     def _compiled(self, prompt):
         """One token at a time by a compiled step with a static cache, as PyTorch does it best."""
@@ -192,8 +186,6 @@ class Bench:
 
     def _peer(self, way, prompt):
         """Plain greedy decoding of llama.cpp."""
-        from llamacpp import LlamaCpp
-
         if way not in self.llamas:
             self.llamas[way] = LlamaCpp(way.split()[-1], 2048)
         peer = self.llamas[way]
@@ -229,12 +221,6 @@ def _likeliest(peer):
 
     at = peer.c.llama_get_logits_ith(peer.context, -1)
     return int(np.ctypeslib.as_array(at, (peer.words,)).argmax())
-
-
-def _has_llama():
-    import importlib.util
-
-    return importlib.util.find_spec("llama_cpp") is not None
 
 
 def _cut(text, stop):

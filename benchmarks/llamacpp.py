@@ -17,6 +17,11 @@ from skimp.ir.cost import cache_dir
 from skimp.ir.errors import SkimpError
 
 
+def installed():
+    """Whether it can be compared with."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
 def gguf_file(kind):
     """A file of the embedded decoder, written once: ``F32``, ``BF16`` or ``Q8_0``."""
     target = cache_dir() / f"smollm2-135m-instruct-0.1.2-{kind}.gguf"

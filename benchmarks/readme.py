@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from page import table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures -->\n).*(<!-- end -->)", re.DOTALL)
@@ -16,11 +18,6 @@ BLOCK = re.compile(r"(<!-- figures -->\n).*(<!-- end -->)", re.DOTALL)
 
 def read(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def ratio(s):

@@ -24,6 +24,7 @@ class Program:
         program: Takes the input tensors in order, returns a tuple of tensors.
         inputs, outputs: Their names, in order.
         example: The tensors it was captured with.
+        expected: What the model made of them, in order.
         taus: The name in ``program`` of each block's threshold, by block.
         free: Which dimensions of each input are.
         coverage: Share of the dense model's FLOPs (of linear layers) in converted blocks.
@@ -33,6 +34,7 @@ class Program:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     example: tuple[Tensor, ...]
+    expected: tuple[Tensor, ...]
     taus: dict[str, str]
     free: dict[str, list[int]]
     coverage: float
@@ -93,8 +95,7 @@ class Plain(nn.Module):
         leaves = [None if isinstance(v, Tensor) else v for v in self._leaves]
         for i, tensor in zip(self._at, tensors, strict=True):
             leaves[i] = tensor
-        found, _ = tree_flatten_with_path(self.model(**tree_unflatten(leaves, self._spec)))
-        return tuple(v for _, v in found if isinstance(v, Tensor))
+        return _tensors(self.model(**tree_unflatten(leaves, self._spec)))[1]
 
 
 def _names(paths: Sequence[Any], empty: str = "input") -> tuple[str, ...]:
@@ -126,7 +127,7 @@ def capture(
             "export; convert it first, or use torch.export and torch.onnx.export themselves"
         )
     plain = Plain(model, example).eval()
-    outputs = names_of(model, example)
+    outputs, expected = run_model(model, example)
     if dynamic_shapes is None:
         given: dict[str, Any] = {
             n: _free(t) for n, t in zip(plain.names, plain.example, strict=True)
@@ -139,7 +140,7 @@ def capture(
             program = torch.export.export(plain, plain.example, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ExportError(
-            f"{type(model).__name__} cannot be exported: {_first_line(error)}\nCheck that it runs "
+            f"{type(model).__name__} cannot be exported: {first_line(error)}\nCheck that it runs "
             "with this example, and that free dimensions are not fixed in it; "
             "torch.export.draft_export lists every cause."
         ) from error
@@ -150,7 +151,9 @@ def capture(
         for name, v in zip(plain.names, values, strict=True)
     }
     taus = {name: f"model.{name}.tau" for name in blocks(model)}
-    return Program(program, plain.names, outputs, plain.example, taus, free, coverage(model))
+    return Program(
+        program, plain.names, outputs, plain.example, expected, taus, free, coverage(model)
+    )
 
 
 def _free(tensor: Tensor) -> dict[int, Any]:
@@ -158,7 +161,8 @@ def _free(tensor: Tensor) -> dict[int, Any]:
     return dict.fromkeys(range(min(count, tensor.dim())), Dim.AUTO)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error's text, which may be empty."""
     return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
@@ -217,18 +221,17 @@ def check_floor(
             )
 
 
-def names_of(model: nn.Module, example: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the tensors of a model's output, in order."""
+def run_model(
+    model: nn.Module, example: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """Names of the tensors of a model's output, and these, in order."""
     with torch.no_grad():
-        found, _ = tree_flatten_with_path(model(**example))
-    return _names([path for path, v in found if isinstance(v, Tensor)], "output")
+        return _tensors(model(**example))
 
 
-def run_model(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The tensors of a model's output, in order."""
-    with torch.no_grad():
-        found, _ = tree_flatten_with_path(model(**example))
-    return tuple(v for _, v in found if isinstance(v, Tensor))
+def _tensors(output: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    found = [(path, v) for path, v in tree_flatten_with_path(output)[0] if isinstance(v, Tensor)]
+    return _names([path for path, _ in found], "output"), tuple(v for _, v in found)
 
 
 Metric = Callable[[Callable[..., Sequence[Tensor]]], float]

@@ -19,27 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.errors import ExportError
-from .exported import Program, Report, capture, check_floor, differences, run_model
+from .exported import Program, Report, capture, check_floor, differences, first_line
 
 DOMAIN, VERSION, OPSET = "skimp", 1, 18
 LARGE = 1 << 30
 """Bytes of weights above which they are written beside the file: a protobuf ends at 2 GiB."""
 
-_ACTS: dict[str, Sequence[tuple[str, Sequence[str | float], dict[str, Any]]]] = {
-    "identity": [("Identity", ["u"], {})],
-    "relu": [("Relu", ["u"], {})],
+_ACTS: dict[str, Sequence[tuple[str, Sequence[str | float]]]] = {
+    "identity": [("Identity", ["u"])],
+    "relu": [("Relu", ["u"])],
     "gelu": [
-        ("Mul", ["u", 2**-0.5], {}), ("Erf", [-1], {}), ("Add", [-1, 1.0], {}),
-        ("Mul", ["u", -1], {}), ("Mul", [-1, 0.5], {}),
+        ("Mul", ["u", 2**-0.5]), ("Erf", [-1]), ("Add", [-1, 1.0]),
+        ("Mul", ["u", -1]), ("Mul", [-1, 0.5]),
     ],
     "gelu_tanh": [
-        ("Mul", ["u", "u"], {}), ("Mul", [-1, 0.044715], {}), ("Add", [-1, 1.0], {}),
-        ("Mul", ["u", -1], {}), ("Mul", [-1, 0.7978845608028654], {}), ("Tanh", [-1], {}),
-        ("Add", [-1, 1.0], {}), ("Mul", ["u", -1], {}), ("Mul", [-1, 0.5], {}),
+        ("Mul", ["u", "u"]), ("Mul", [-1, 0.044715]), ("Add", [-1, 1.0]),
+        ("Mul", ["u", -1]), ("Mul", [-1, 0.7978845608028654]), ("Tanh", [-1]),
+        ("Add", [-1, 1.0]), ("Mul", ["u", -1]), ("Mul", [-1, 0.5]),
     ],
-    "silu": [("Sigmoid", ["u"], {}), ("Mul", ["u", -1], {})],
-    "gelu_quick": [("Mul", ["u", 1.702], {}), ("Sigmoid", [-1], {}), ("Mul", ["u", -1], {})],
-    "relu2": [("Relu", ["u"], {}), ("Mul", [-1, -1], {})],
+    "silu": [("Sigmoid", ["u"]), ("Mul", ["u", -1])],
+    "gelu_quick": [("Mul", ["u", 1.702]), ("Sigmoid", [-1]), ("Mul", ["u", -1])],
+    "relu2": [("Relu", ["u"]), ("Mul", [-1, -1])],
 }  # fmt: skip
 """Steps of an activation of ``u``: an operator and its arguments, of which -1 is the last step."""
 
@@ -69,7 +69,7 @@ def function(act: str, gated: bool) -> Any:
 
     def activated(u: str) -> str:
         last = u
-        for op, arguments, _ in _ACTS[act]:
+        for op, arguments in _ACTS[act]:
             named = [
                 u if a == "u" else last if a == -1 else number(float(a), "x") for a in arguments
             ]
@@ -176,8 +176,9 @@ def to_model(captured: Program, opset: int = OPSET) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        line = (str(cause).strip().splitlines() or [repr(cause)])[0]
-        raise ExportError(f"the model cannot be written as ONNX opset {opset}: {line}") from error
+        raise ExportError(
+            f"the model cannot be written as ONNX opset {opset}: {first_line(cause)}"
+        ) from error
     assert made is not None
     model = made.model_proto
     return with_functions(model, captured.taus, used)
@@ -258,7 +259,7 @@ def export_onnx(
             options.log_severity_level = 3  # it warns of every threshold that can be changed
             session = onnxruntime.InferenceSession(str(draft), options, ["CPUExecutionProvider"])
             got = run_session(session, captured.inputs, captured.example)
-            errors = differences(captured.outputs, run_model(model, example), got)
+            errors = differences(captured.outputs, captured.expected, got)
             check_floor(errors, tolerance, captured.coverage, floor)
             del session
             beside = Path(scratch) / data.name

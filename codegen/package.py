@@ -27,7 +27,7 @@ from .cpp.kernels import DTYPES
 from .cpp.library import OPS
 from .cpp.lower import lower
 from .cpp.spec import KernelSpec, LinearSpec, detect_isa
-from .exported import Metric, Report, capture, check_floor, differences, run_model
+from .exported import Metric, Report, capture, check_floor, differences, first_line, run_model
 from .spec import constants_of
 
 VERSION = 1
@@ -152,9 +152,8 @@ def export_pt2(
             }
             _append(draft, index, lowering.made.data)
             loaded = load_pt2(draft)
-            want = run_model(model, example)
-            got = tuple(loaded.run(*captured.example))
-            errors = differences(captured.outputs, want, got)
+            got = loaded.run(*captured.example)
+            errors = differences(captured.outputs, captured.expected, got)
             check_floor(errors, tolerance, captured.coverage, floor)
             size = draft.stat().st_size
             os.replace(draft, path)
@@ -165,7 +164,7 @@ def export_pt2(
     found = None
     if metric is not None:
         found = {
-            "model": metric(lambda **kwargs: run_model(model, kwargs)),
+            "model": metric(lambda **kwargs: run_model(model, kwargs)[1]),
             "artefact": metric(lambda **kwargs: loaded.run(*_leaves(kwargs))),
         }
     runtime = f"torch {torch.__version__} (libtorch suffices, no Python), {lowering.made.isa}"
@@ -203,7 +202,7 @@ class Package:
         except Exception as error:
             raise ArtefactError(
                 f"{path} cannot be loaded by torch {torch.__version__} (it was made by "
-                f"{index['torch']}): {str(error).strip().splitlines()[0]}"
+                f"{index['torch']}): {first_line(error)}"
             ) from error
         names = self._model.get_constant_fqns()
         if lost := [n for n in index["taus"].values() if n not in names]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ..codegen.exported import Report, check_floor, coverage, differences, names_of, run_model
+from ..codegen.exported import Report, check_floor, coverage, differences, run_model
 from ..ir.errors import ExportError
 from ..passes.lift import blocks
 
@@ -37,7 +37,8 @@ def export(
     Args:
         model: With blocks, on the CPU, in evaluation mode.
         example: Keyword arguments of one call, free dimensions at least 2.
-        path: A file, or a folder for ``safetensors``; replaced only when the new one agrees.
+        path: A file, replaced only when the new one agrees, or a folder for ``safetensors``, which
+            holds what the model holds and is compared once it is written.
         to: One of :data:`DOORS`; by default as the path's suffix says.
         dynamic_shapes: Free dimensions by input; by default batch and length.
         tolerance: Largest relative difference of an output to the model's.
@@ -107,14 +108,12 @@ def _export_folder(
     share = coverage(model)
     check_floor({}, tolerance, share, floor)
     save(model, path, example)
-    names = names_of(model, example)
-    again = _reader(path, model)
-    errors = differences(names, run_model(model, example), run_model(again, example))
+    names, want = run_model(model, example)
+    errors = differences(names, want, run_model(_reader(path, model), example)[1])
     size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
-    free: dict[str, list[int]] = {}
     return Report(
         "safetensors", str(path), size, RUNTIMES["safetensors"], share,
-        len(blocks(model)), errors, free,
+        len(blocks(model)), errors, {},
     )  # fmt: skip
 
 

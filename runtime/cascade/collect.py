@@ -9,7 +9,7 @@ from typing import Any
 from ...ir.errors import CalibrationError
 from .member import MemberError, choice_message
 from .price import most_prompt_tokens
-from .traces import MemberSpec
+from .traces import MemberSpec, read_lines
 from .trip import Entry
 
 
@@ -19,13 +19,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     A line of ``{"question"}``, as in GSM8K, is a prompt too.
     """
     prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for at, line in read_lines(path):
         try:
             row = json.loads(line)
             text = row.get("prompt", row.get("question"))

@@ -13,7 +13,7 @@ all the same. Other keys are not read: a gold label cannot leak into a policy.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,20 +74,27 @@ class Table:
         )
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers from 1.
+
+    Raises:
+        CalibrationError: It cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read: {error}") from error
+    return ((at, line) for at, line in enumerate(lines, 1) if line.strip())
+
+
 def read_traces(path: Path) -> list[dict[str, Any]]:
     """Read a file of traces.
 
     Raises:
         CalibrationError: It cannot be read, or a line is not a JSON object; says which.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
     rows = []
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for at, line in read_lines(path):
         try:
             row = json.loads(line)
         except ValueError as error:

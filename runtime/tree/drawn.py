@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ...ir.errors import SkimpError
 from .calibrate import Draft
 from .node import Drafter, Tree
 from .policy import MOST, Base
@@ -49,7 +50,13 @@ class DrawnPolicy(Base):
     right: list[float] = field(default_factory=lambda: [0.6] * 8)
 
     def follow(self, sampling: Sampling) -> None:
-        """A run with this sampling begins."""
+        """Draw as the text is sampled.
+
+        Raises:
+            SkimpError: It is not sampled.
+        """
+        if sampling.greedy:
+            raise SkimpError("drafts are drawn for sampled text: set a temperature above 0")
         self.sampling = sampling
         self.generator.manual_seed(sampling.seed * 7_368_787 + 1)
 

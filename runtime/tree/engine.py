@@ -10,7 +10,6 @@ from ...ir.errors import SkimpError, TargetError
 from ...ir.measure import machine
 from .calibrate import Draft
 from .costs import Stopwatch
-from .drawn import DrawnPolicy
 from .node import Drafter, Measured
 from .policy import Base, Policy
 from .report import Report, Snapshot
@@ -113,10 +112,7 @@ class Engine:
         for drafter in self.drafters:
             drafter.begin(prompts, hidden)
         self.policy.begin(len(prompts))
-        if isinstance(self.policy, DrawnPolicy):
-            if sampling.greedy:
-                raise SkimpError("drafts are drawn for sampled text: set a temperature above 0")
-            self.policy.follow(sampling)
+        self.policy.follow(sampling)
         emitted = [[r] for r in roots]
         done = self._emit(emitted, stop, stream)
         report.first = watch.lap()

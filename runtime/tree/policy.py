@@ -14,6 +14,7 @@ from typing import Protocol
 
 from .calibrate import Calibration, Draft, Hindsight, Rate
 from .node import Drafter, Tree
+from .verify import Sampling
 
 Curve = Callable[[int], float]
 """Seconds of verifying so many rows, all trees and their roots together."""
@@ -64,6 +65,9 @@ class Base:
     def begin(self, rows: int) -> None:
         """New rows."""
         self.hindsight.begin(rows)
+
+    def follow(self, sampling: Sampling) -> None:
+        """A run with this sampling begins; most rules do not ask how tokens are chosen."""
 
     def drop(self, rows: Sequence[int], before: float, after: float) -> None:
         """Remove rows; plain decoding gave ``before`` tokens per second, and gives ``after``."""
