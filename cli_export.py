@@ -26,6 +26,9 @@ def export(
         float, typer.Option(help="Least share of FLOPs in converted blocks, else it fails.")
     ] = 0.0,
     opset: Annotated[int | None, typer.Option(help="Of ONNX.")] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="With ONNX: write the library of its kernels, too.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cover; write nothing.")
     ] = False,
@@ -44,7 +47,9 @@ def export(
         _table({k: f"{v:.1%}" if k == "coverage" else v for k, v in planned.items()})
         return
     path = out or folder / ("exported" if to == "safetensors" else f"model.{to}")
-    report = run(loaded, example, path, to=to, tolerance=tolerance, floor=floor, opset=opset)
+    report = run(
+        loaded, example, path, to=to, tolerance=tolerance, floor=floor, opset=opset, native=native
+    )
     if as_json:
         print_json(report.as_dict())
         return

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..ir.cost import write_atomically
 from ..ir.errors import ExportError
+from .cpp.ort import DOMAIN, compile_operators, operator_name
+from .cpp.spec import detect_isa
 from .exported import Program, Report, capture, check_floor, differences, first_line
+from .ort import Session, digest, specs_of
 
-DOMAIN, VERSION, OPSET = "skimp", 1, 18
+VERSION, OPSET = 1, 18
 LARGE = 1 << 30
 """Bytes of weights above which they are written beside the file: a protobuf ends at 2 GiB."""
 
@@ -42,11 +46,6 @@ _ACTS: dict[str, Sequence[tuple[str, Sequence[str | float]]]] = {
     "relu2": [("Relu", ["u"]), ("Mul", [-1, -1])],
 }  # fmt: skip
 """Steps of an activation of ``u``: an operator and its arguments, of which -1 is the last step."""
-
-
-def operator_name(act: str, gated: bool) -> str:
-    """Of a block, in the domain ``skimp``."""
-    return f"DynkFfn_{'gated_' if gated else ''}{act}"
 
 
 def function(act: str, gated: bool) -> Any:
@@ -201,7 +200,12 @@ def with_functions(model: Any, taus: Mapping[str, str], used: set[tuple[str, boo
             helper.make_tensor_value_info(name, TensorProto.FLOAT, list(held[name].dims))
         )
     helper.set_model_props(
-        model, {"skimp.taus": json.dumps(dict(taus)), "skimp.torch": torch.__version__}
+        model,
+        {
+            "skimp.taus": json.dumps(dict(taus)),
+            "skimp.torch": torch.__version__,
+            "skimp.sha256": digest(model),
+        },
     )
     return model
 
@@ -215,6 +219,7 @@ def export_onnx(
     tolerance: float = 1e-4,
     floor: float = 0.0,
     opset: int = OPSET,
+    native: bool = False,
 ) -> Report:
     """Write a converted model as ONNX.
 
@@ -227,9 +232,12 @@ def export_onnx(
         tolerance: Largest relative difference of an output to the model's, in ONNX Runtime.
         floor: Least share of FLOPs in converted blocks.
         opset: Of the standard operators, at least :data:`OPSET`.
+        native: Write, beside it, the library that runs its blocks on skimp's kernels, in a file
+            with ``.so`` at its end, for machines like this one.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
+        CompileError: The library is asked for, and there is no C++ compiler.
     """
     try:
         import onnx
@@ -255,13 +263,14 @@ def export_onnx(
                 size_threshold=1024,
             )
             onnx.checker.check_model(str(draft), full_check=True)
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3  # it warns of every threshold that can be changed
-            session = onnxruntime.InferenceSession(str(draft), options, ["CPUExecutionProvider"])
-            got = run_session(session, captured.inputs, captured.example)
-            errors = differences(captured.outputs, captured.expected, got)
-            check_floor(errors, tolerance, captured.coverage, floor)
-            del session
+            inputs = dict(zip(captured.inputs, captured.example, strict=True))
+            for kernels in (False, True)[: 1 + native]:
+                got = Session(draft, native=kernels).run(inputs)
+                errors = differences(captured.outputs, captured.expected, got)
+                check_floor(errors, tolerance, captured.coverage, floor)
+            if native:
+                library = compile_operators(specs_of(proto)).read_bytes()
+                write_atomically(path.with_name(f"{path.name}.so"), library)
             beside = Path(scratch) / data.name
             size = sum(f.stat().st_size for f in Path(scratch).iterdir())
             if beside.exists():
@@ -269,20 +278,16 @@ def export_onnx(
             os.replace(draft, path)
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
-    notes = [
-        "stock ONNX Runtime computes every expert and masks: the sizes of the dense model, not of "
-        "the sparse one",
-        f"opset {opset}; thresholds are the inputs NAME.tau, with defaults",
-    ]
+    if native:
+        note = f"{path.name}.so is for register_custom_ops_library, on CPUs with {detect_isa()}"
+    else:
+        note = (
+            "stock ONNX Runtime computes every expert and masks: the time of the dense model, not "
+            "of the sparse one; skimp.load(FILE) or --native brings the kernels"
+        )
+    notes = [note, f"opset {opset}; thresholds are the inputs NAME.tau, with defaults"]
     return Report(
         "onnx", str(path), size, "any ONNX Runtime (tested with "
         f"{onnxruntime.__version__})", captured.coverage, len(captured.taus), errors,
         captured.free, None, notes,
     )  # fmt: skip
-
-
-def run_session(session: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Run ONNX Runtime on tensors; inputs that the file does not have are left out."""
-    kept = {i.name for i in session.get_inputs()}
-    feed = {n: t.numpy() for n, t in zip(names, tensors, strict=True) if n in kept}
-    return [torch.from_numpy(a) for a in session.run(None, feed)]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_flatten
 
 from ..ir.cost import cache_dir, write_atomically
 from ..ir.errors import ArtefactError, ExportError
@@ -27,7 +26,17 @@ from .cpp.kernels import DTYPES
 from .cpp.library import OPS
 from .cpp.lower import lower
 from .cpp.spec import KernelSpec, LinearSpec, detect_isa
-from .exported import Metric, Report, capture, check_floor, differences, first_line, run_model
+from .exported import (
+    Metric,
+    Report,
+    capture,
+    check_floor,
+    check_thresholds,
+    differences,
+    first_line,
+    run_model,
+    tensors_of,
+)
 from .spec import constants_of
 
 VERSION = 1
@@ -165,17 +174,13 @@ def export_pt2(
     if metric is not None:
         found = {
             "model": metric(lambda **kwargs: run_model(model, kwargs)[1]),
-            "artefact": metric(lambda **kwargs: loaded.run(*_leaves(kwargs))),
+            "artefact": metric(lambda **kwargs: loaded.run(*tensors_of(kwargs).values())),
         }
     runtime = f"torch {torch.__version__} (libtorch suffices, no Python), {lowering.made.isa}"
     return Report(
         "pt2", str(path), size, runtime, captured.coverage, len(captured.taus), errors,
         captured.free, found,
     )  # fmt: skip
-
-
-def _leaves(kwargs: Mapping[str, Any]) -> list[Tensor]:
-    return [v for v in tree_flatten(dict(kwargs))[0] if isinstance(v, Tensor)]
 
 
 def _append(path: Path, index: Mapping[str, Any], library: bytes) -> None:
@@ -216,7 +221,7 @@ class Package:
 
     def __call__(self, **kwargs: Any) -> dict[str, Tensor]:
         """Call it like the model; outputs by name."""
-        return dict(zip(self.outputs, self.run(*_leaves(kwargs)), strict=True))
+        return dict(zip(self.outputs, self.run(*tensors_of(kwargs).values()), strict=True))
 
     def set_tau(self, tau: float | Mapping[str, float]) -> None:
         """Turn the knob: one threshold in ``[0, 1]``, or one per block by name.
@@ -225,13 +230,7 @@ class Package:
             ValueError: A threshold outside ``[0, 1]``, or an unknown block.
         """
         names: dict[str, str] = self.index["taus"]
-        values = dict(tau) if isinstance(tau, Mapping) else dict.fromkeys(names, float(tau))
-        for name, value in values.items():
-            if name not in names:
-                raise ValueError(f"no block is named {name!r}; there are {', '.join(names)}")
-            if not 0 <= value <= 1:
-                raise ValueError(f"tau {value} of {name} is outside [0, 1]")
-        update = {names[n]: torch.tensor(float(v)) for n, v in values.items()}
+        update = {names[n]: torch.tensor(v) for n, v in check_thresholds(names, tau).items()}
         self._model.load_constants(update, check_full_update=False)
 
 

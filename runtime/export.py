@@ -31,6 +31,7 @@ def export(
     tolerance: float = 1e-4,
     floor: float = 0.0,
     opset: int | None = None,
+    native: bool = False,
 ) -> Report:
     """Write a converted model in a form that leaves Python, and compare it with the model.
 
@@ -44,6 +45,7 @@ def export(
         tolerance: Largest relative difference of an output to the model's.
         floor: Least share of the model's FLOPs in converted blocks.
         opset: Of ONNX; by default the smallest that is written.
+        native: With ONNX, write the library of skimp's kernels beside it.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
@@ -60,7 +62,7 @@ def export(
 
         return export_onnx(
             model, example, path, dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor,
-            **({} if opset is None else {"opset": opset}),
+            native=native, **({} if opset is None else {"opset": opset}),
         )  # fmt: skip
     if door == "safetensors":
         return _export_folder(model, example, Path(path), tolerance, floor)

@@ -14,6 +14,7 @@ from ..ir.errors import ArtefactError
 from ..passes.convert import prepare
 
 if TYPE_CHECKING:
+    from ..codegen.ort import Session
     from ..codegen.package import Package
 
 
@@ -37,16 +38,16 @@ def load(folder: str | Path, model: nn.Module) -> GraphModule: ...
 
 
 @overload
-def load(folder: str | Path) -> "Package": ...
+def load(folder: str | Path) -> "Package | Session": ...
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | Package":
+def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | Package | Session":
     """Load a converted model.
 
     Args:
-        folder: Where :func:`save` wrote it, or a ``.pt2`` that :func:`skimp.export` wrote.
-        model: The architecture it was converted from; its weights do not matter. A ``.pt2`` needs
-            none.
+        folder: Where :func:`save` wrote it, or a ``.pt2`` or ``.onnx`` that :func:`skimp.export`
+            wrote.
+        model: The architecture it was converted from; its weights do not matter. Files need none.
 
     Returns:
         The converted model; call it like the original.
@@ -58,6 +59,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | P
         from ..codegen.package import load_pt2
 
         return load_pt2(folder)
+    if Path(folder).suffix == ".onnx":
+        from ..codegen.ort import Session
+
+        return Session(folder)
     if model is None:
         raise ArtefactError(f"{folder} holds weights only: pass the model it was converted from")
     index = artefact.read_index(Path(folder))

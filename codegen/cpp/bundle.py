@@ -23,8 +23,9 @@ from .spec import FLAGS, KernelSpec, LinearSpec, detect_isa
 
 _HERE = Path(__file__).parent
 _HEADERS = (
-    "algorithm", "array", "cmath", "cstdint", "cstdlib", "cstring", "iterator", "mutex",
-    "optional", "shared_mutex", "sstream", "string", "type_traits", "vector", "omp.h",
+    "algorithm", "array", "atomic", "cmath", "cstdint", "cstdlib", "cstring", "exception",
+    "iterator", "mutex", "new", "optional", "shared_mutex", "sstream", "string", "type_traits",
+    "vector", "omp.h",
 )  # fmt: skip
 _FEATURES = {
     "avx512_bf16": ("avx512f", "avx512vl", "avx512bw", "avx512bf16"),

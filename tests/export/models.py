@@ -42,3 +42,47 @@ def minilm(tau=0.3):
     from skimp.runtime.models import load_pretrained
 
     return converted(load_pretrained("minilm").model, ids(), tau)
+
+
+SHAPES = [(1, 1), (2, 7), (3, 6), (5, 9), (8, 16)]
+
+
+def one_node(act, gated, rows=(2, 5), seed=0):
+    """An ONNX model of one block, its inputs, and what the op makes of them."""
+    import onnx
+    from skimp.codegen import onnx as door
+    from skimp.ir.op import reference
+
+    g = torch.Generator().manual_seed(seed)
+
+    def r(*shape):
+        return torch.randn(*shape, generator=g)
+
+    d, d_ff, size = 6, 12, 3
+    values = dict(
+        x=None, scores=None, tau=torch.tensor(0.6), w_in=r(d_ff, d), b_in=r(d_ff),
+        w_gate=r(d_ff, d), b_gate=r(d_ff), w_out=r(d_ff, d), b_out=r(d),
+    )  # fmt: skip
+    values["scores"] = torch.rand(*rows, d_ff // size, generator=g)
+    values["scores"][0, 0] = 0  # no evidence: every expert runs
+    values["x"] = r(*rows, d)
+    if not gated:
+        values |= dict(w_gate=None, b_gate=None)
+    want = reference(**values, expert_size=size, act=act)
+    made = door.function(act, gated)
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    node = helper.make_node(made.name, list(made.input), ["y"], domain="skimp", expert_size=size)
+    weights = {n: values[n].numpy() for n in made.input if n[0] in "wb"}
+    feed = {n: values[n].numpy() for n in made.input if n not in weights}
+    lead = [f"n{i}" for i in range(len(rows))]
+    shapes = dict(x=[*lead, d], scores=[*lead, d_ff // size], tau=[])
+    graph = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info(n, kind, shapes[n]) for n in feed],
+        [helper.make_tensor_value_info("y", kind, [*lead, d])],
+        [onnx.numpy_helper.from_array(v, n) for n, v in weights.items()],
+    )  # fmt: skip
+    model = helper.make_model(
+        graph, functions=[made], ir_version=10,
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("skimp", 1)],
+    )  # fmt: skip
+    return model, feed, want.numpy()

@@ -1,31 +1,37 @@
-"""ONNX files in stock ONNX Runtime, in a process that has neither torch nor skimp."""
+"""ONNX files in ONNX Runtime, in a process that has neither torch nor skimp."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import skimp
 import torch
 from skimp.codegen import onnx as door
-from skimp.ir.errors import ExportError
-from skimp.ir.op import ACTIVATIONS, reference
+from skimp.codegen.cpp import bundle
+from skimp.codegen.cpp.build import build
+from skimp.codegen.cpp.ort import compile_operators, emit_operators
+from skimp.codegen.cpp.spec import FLAGS
+from skimp.codegen.ort import Session, operators, specs_of
+from skimp.ir.errors import ArtefactError, ExportError
+from skimp.ir.op import ACTIVATIONS
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent))
-from models import ids, minilm, small_bert  # noqa: E402
+from models import SHAPES, ids, minilm, one_node  # noqa: E402
 
-SHAPES = [(1, 1), (2, 7), (3, 6), (5, 9), (8, 16)]
 STOCK = """
 import json, sys
 import numpy as np
 import onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3
+options.enable_profiling = True
+options.profile_file_prefix = sys.argv[1] + ".profile"
+for library in sys.argv[3:]:
+    options.register_custom_ops_library(library)
 session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
 names = [i.name for i in session.get_overridable_initializers()]
 taus = json.loads(session.get_modelmeta().custom_metadata_map["skimp.taus"])
@@ -38,11 +44,15 @@ for i in range(int(cases["count"])):
     inputs = {n: cases[f"{n}{i}"] for n in ("input_ids", "attention_mask")}
     got = session.run(None, inputs | feed)[0]
     assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), (i, tau, want.shape)
+events = json.load(open(session.end_profiling()))
+ran = {e["name"] for e in events if e.get("args", {}).get("op_name", "").startswith("DynkFfn")}
+print(len({n.removesuffix("_kernel_time") for n in ran}))
 assert "torch" not in sys.modules and "skimp" not in sys.modules
 """
 
 
-def run_stock(model, path, taus, tmp_path, default):
+def run_stock(model, path, taus, tmp_path, *libraries, default=0.3):
+    """Compare in a fresh process; returns how many blocks ran on kernels."""
     arrays, i = {}, 0
     for tau in taus:
         skimp.set_tau(model, default if tau < 0 else tau)
@@ -53,76 +63,147 @@ def run_stock(model, path, taus, tmp_path, default):
             i += 1
     np.savez(tmp_path / "cases.npz", count=i, **arrays)
     # isolated: no PYTHONPATH, so nothing of the source tree can be imported
-    command = [sys.executable, "-I", "-c", STOCK, str(path), str(tmp_path / "cases.npz")]
-    got = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-I", "-c", STOCK, path, tmp_path / "cases.npz", *libraries]
+    got = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert got.returncode == 0, got.stderr
+    return int(got.stdout)
 
 
 @torch.no_grad()
-def test_stock_runtime_over_five_shapes_and_thresholds(tmp_path):
-    model, path = small_bert(tau=0.3), tmp_path / "m.onnx"
-    report = skimp.export(model, ids(), path)
+def test_stock_runtime_over_five_shapes_and_thresholds(small, onnx_file, tmp_path):
+    path, report = onnx_file
     assert report.blocks == 10
     assert all(dims == [0, 1] for dims in report.free.values())
     nodes = [n for n in onnx.load(path).graph.node if n.domain == "skimp"]
     assert [n.op_type for n in nodes] == ["DynkFfn_relu"] * 10
-    run_stock(model, path, [-1, 0.0, 0.9], tmp_path, default=0.3)
+    assert run_stock(small, path, [-1, 0.0, 0.9], tmp_path) == 0
 
 
+@torch.no_grad()
+def test_the_library_of_kernels_over_five_shapes_and_thresholds(small, onnx_file, tmp_path):
+    path, _ = onnx_file
+    assert run_stock(small, path, [-1, 0.0, 0.9], tmp_path, f"{path}.so") == 10
+
+
+@pytest.mark.nightly
 @torch.no_grad()
 def test_minilm_with_its_projections(tmp_path):
     model, path = minilm(tau=0.3), tmp_path / "minilm.onnx"
-    skimp.export(model, ids(), path)
-    run_stock(model, path, [-1], tmp_path, default=0.3)
+    skimp.export(model, ids(), path, native=True)
+    assert run_stock(model, path, [-1, 0.8], tmp_path) == 0
+    assert run_stock(model, path, [-1, 0.8], tmp_path, f"{path}.so") == 30
 
 
 @torch.no_grad()
-def test_large_weights_lie_beside(tmp_path, monkeypatch):
+def test_a_loaded_file_is_called_like_the_model(small, onnx_file):
+    loaded = skimp.load(onnx_file[0])
+    skimp.set_tau(small, 0.3)
+    one = next(iter(loaded.taus))
+    for tau in (None, 0.7, {one: 0.1}):
+        if tau is not None:
+            loaded.set_tau(tau)
+            skimp.set_tau(small, tau)
+        got, want = loaded(**ids()), small(**ids())
+        assert torch.allclose(got["last_hidden_state"], want[0], atol=1e-4)
+    with pytest.raises(ValueError, match="outside"):
+        loaded.set_tau(-0.1)
+
+
+@torch.no_grad()
+def test_large_weights_lie_beside(small, onnx_file, tmp_path, monkeypatch):
+    skimp.set_tau(small, 0.3)
     monkeypatch.setattr(door, "LARGE", 0)
-    model, path = small_bert(), tmp_path / "m.onnx"
-    report = skimp.export(model, ids(), path)
+    monkeypatch.setattr(door, "to_model", lambda *_: onnx.load(onnx_file[0]))  # made already
+    path = tmp_path / "m.onnx"
+    report = skimp.export(small, ids(), path)
     beside = tmp_path / "m.onnx.data"
     assert report.bytes == path.stat().st_size + beside.stat().st_size
     assert beside.stat().st_size > 3 * path.stat().st_size
-    run_stock(model, path, [-1], tmp_path, default=0.3)
+    assert run_stock(small, path, [-1], tmp_path) == 0
+    beside.unlink()
+    with pytest.raises(ArtefactError, match=r"m\.onnx"):
+        skimp.load(path)
 
 
-def test_an_old_opset(tmp_path):
+def test_an_old_opset(small, tmp_path):
     with pytest.raises(ExportError, match=r"opset 11 is too old: the smallest .* is 18"):
-        skimp.export(small_bert(), ids(), tmp_path / "m.onnx", opset=11)
+        skimp.export(small, ids(), tmp_path / "m.onnx", opset=11)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_every_function_is_the_op(act, gated):
-    g = torch.Generator().manual_seed(0)
-    d, d_ff, size, rows = 6, 12, 3, 5
-    x, scores = torch.randn(2, rows, d, generator=g), torch.rand(2, rows, d_ff // size, generator=g)
-    scores[0, 0] = 0  # no evidence: every expert runs
-    tau = torch.tensor(0.6)
-    w_in, w_gate, w_out = (torch.randn(d_ff, d, generator=g) for _ in range(3))
-    b_in, b_gate, b_out = (torch.randn(n, generator=g) for n in (d_ff, d_ff, d))
-    want = reference(
-        x, scores, tau, w_in, b_in, w_gate if gated else None, b_gate if gated else None, w_out,
-        b_out, size, act,
-    )  # fmt: skip
-    values = dict(x=x, scores=scores, tau=tau, w_in=w_in, b_in=b_in, w_gate=w_gate, b_gate=b_gate,
-                  w_out=w_out, b_out=b_out)  # fmt: skip
-    made = door.function(act, gated)
-    feed = {n: values[n].numpy() for n in made.input}
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    node = helper.make_node(made.name, list(made.input), ["y"], domain="skimp", expert_size=size)
-    graph = helper.make_graph(
-        [node], "g",
-        [helper.make_tensor_value_info(n, kind, v.shape) for n, v in feed.items()],
-        [helper.make_tensor_value_info("y", kind, want.shape)],
-    )  # fmt: skip
-    model = helper.make_model(
-        graph, functions=[made], ir_version=10,
-        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("skimp", 1)],
-    )  # fmt: skip
+    model, feed, want = one_node(act, gated)
     onnx.checker.check_model(model, full_check=True)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, feed)
-    assert np.allclose(got, want.numpy(), rtol=1e-4, atol=1e-4)
+    assert np.allclose(session.run(None, feed)[0], want, rtol=1e-4, atol=1e-4)
+
+
+def native(model, library):
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def test_gated_blocks_of_few_and_of_many_rows_on_kernels():
+    model = one_node("silu", True)[0]
+    del model.functions[:]  # there is nothing else to run
+    session = native(model, compile_operators(specs_of(model)))
+    for rows in [(1, 1), (3, 7), (2, 70), (5, 129)]:
+        _, feed, want = one_node("silu", True, rows)
+        assert np.allclose(session.run(None, feed)[0], want, rtol=1e-4, atol=1e-4)
+    _, feed, want = one_node("silu", True)
+    feed["scores"][0, 1, 2] = np.nan  # runs every expert, as in the op
+    one = dict(one_node("silu", True)[1], tau=np.array(0, np.float32))
+    assert np.allclose(session.run(None, feed)[0][0, 1], session.run(None, one)[0][0, 1], atol=1e-4)
+    feed["x"][1, 1, 1] = np.nan
+    got = session.run(None, feed)[0]
+    assert np.isnan(got[1, 1]).all()
+    assert np.allclose(got[1, 2], want[1, 2], atol=1e-4)
+    assert session.run(None, {**feed, "x": feed["x"][:, :0], "scores": feed["scores"][:, :0]})
+    with pytest.raises(Exception, match="do not fit one another"):
+        session.run(None, feed | dict(scores=feed["scores"][:, :4]))
+
+
+def test_a_library_of_another_model(onnx_file):
+    model, feed, _ = one_node("relu", False)
+    session = native(model, f"{onnx_file[0]}.so")
+    with pytest.raises(Exception, match="made for another model"):
+        session.run(None, feed)
+
+
+def test_a_library_for_another_processor(tmp_path, onnx_file, monkeypatch):
+    # as if for a feature that no processor of today has
+    monkeypatch.setitem(bundle._FEATURES, "avx2", ("avx512er",))
+    monkeypatch.setitem(bundle._FEATURES, "avx512", ("avx512er",))
+    monkeypatch.setitem(bundle._FEATURES, "avx512_bf16", ("avx512er",))
+    specs = specs_of(one_node("identity", False)[0])
+    library = build(emit_operators(specs), "other", FLAGS[specs[0].isa])
+    with pytest.raises(ArtefactError, match="this machine has no avx512er"):
+        Session(onnx_file[0], library=library._name)
+
+
+def test_damage_of_any_kind(onnx_file, tmp_path):
+    path, data = tmp_path / "m.onnx", onnx_file[0].read_bytes()
+    for share in (0.2, 0.5, 0.99):
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(ArtefactError, match=r"truncated|damaged"):
+            skimp.load(path)
+    model = onnx.load(onnx_file[0])
+    weights = max((t.raw_data for t in model.graph.initializer), key=len)
+    at = data.index(weights) + len(weights) // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(ArtefactError, match="is damaged; export the model again"):
+        skimp.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ArtefactError, match="not written by"):
+        operators(path)
+    onnx.save(one_node("relu", False)[0], path)
+    with pytest.raises(ArtefactError, match=r"not written by skimp\.export"):
+        skimp.load(path)
+    with pytest.raises(ArtefactError, match="does not exist"):
+        skimp.load(tmp_path / "none.onnx")
+    with pytest.raises(ArtefactError, match="cannot be registered"):
+        Session(onnx_file[0], library=tmp_path / "none.so")

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import skimp
@@ -15,10 +14,8 @@ from skimp.ir.errors import ArtefactError, ExportError
 from torch import nn
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent))
-from models import ids, minilm, small_bert
+from models import SHAPES, ids, minilm
 
-SHAPES = [(1, 1), (2, 7), (3, 6), (5, 9), (8, 16)]
 FRESH = """
 import sys, torch
 from skimp.codegen.package import load_pt2
@@ -31,10 +28,10 @@ for tau, inputs, want in cases:
 """
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    model, path = small_bert(), tmp_path_factory.mktemp("pt2") / "m.pt2"
-    return model, path, skimp.export(model, ids(), path)
+@pytest.fixture
+def made(small, pt2):
+    skimp.set_tau(small, 0.3)
+    return small, *pt2
 
 
 def rewritten(path, to, change):
@@ -54,6 +51,7 @@ def run_fresh(path, cases, tmp_path):
     assert got.returncode == 0, got.stderr
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_minilm_with_its_projections(tmp_path):
     model, path = minilm(), tmp_path / "minilm.pt2"
@@ -80,7 +78,6 @@ def test_a_fresh_process_gives_the_same_over_five_shapes_and_three_thresholds(ma
         for shape in SHAPES:
             cases.append((tau, ids(*shape), model(**ids(*shape))[0]))
         outputs.append(cases[-1][2])
-    skimp.set_tau(model, 0.3)
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)  # the knob does something
     run_fresh(path, cases, tmp_path)
 
