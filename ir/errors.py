@@ -39,3 +39,7 @@ class TargetError(SkimpError):
 
 class ExportError(SkimpError):
     """A model that cannot leave through a door, or an artefact that is not worth having."""
+
+
+class PlanError(SkimpError):
+    """A removal from a U-Net that is not legal, or that no configuration can say."""

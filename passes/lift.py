@@ -91,7 +91,7 @@ def lift(
             _replace_fused(gm, nodes[output], nodes[first.input_node], names, parts, place)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
-    _drop_unused_parameters(gm)
+    drop_unused_parameters(gm)
     gm.graph.lint()
     gm.recompile()
     return Lifted(gm, found)
@@ -210,7 +210,7 @@ def _unused_name(gm: GraphModule, name: str) -> str:
     return choice
 
 
-def _drop_unused_parameters(gm: GraphModule) -> None:
+def drop_unused_parameters(gm: GraphModule) -> None:
     read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     inside = tuple(f"{name}." for name in lifted_layers(gm))
     for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
