@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -157,7 +156,17 @@ class TreeDecoder:
         return torch.cat([ids, torch.tensor(padded, device=ids.device)], 1)
 
 
-_DECODERS: WeakKeyDictionary[Any, dict[tuple[str, str], TreeDecoder]] = WeakKeyDictionary()
+class _Held(dict[tuple[str, str], TreeDecoder]):
+    """A model's decoders, kept on the model: they refer to it, so they are freed with it only so.
+
+    A copy of the model has other weights to come and gets none of them.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Held":
+        return _Held()
+
+    def __reduce__(self) -> tuple[type["_Held"], tuple[()]]:
+        return _Held, ()
 
 
 def generate(
@@ -188,7 +197,7 @@ def generate(
     Raises:
         SkimpError: The model cannot verify trees, or something is asked for that they do not do.
     """
-    held = _DECODERS.setdefault(model, {})
+    held: _Held = model.__dict__.setdefault("_skimp_decoders", _Held())
     decoder = held.get((draft, mode))
     if decoder is None:
         decoder = TreeDecoder(model, draft=draft, mode=mode, tokenizer=tokenizer)

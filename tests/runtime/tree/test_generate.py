@@ -1,6 +1,9 @@
 """The drop-in for ``model.generate``, and the command."""
 
+import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -62,6 +65,21 @@ def test_the_generated_step_is_used_and_kept(model):
     config = transformers.GenerationConfig(max_new_tokens=5)
     got = skimp.generate(model, inputs["input_ids"], generation_config=config)
     assert torch.equal(got, want[:, :9])
+
+
+def test_a_decoder_goes_with_its_model_and_not_into_a_copy():
+    model = llama()
+    skimp.generate(model, torch.tensor([[5, 9]]), max_new_tokens=2)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    options = dict(input_ids=torch.tensor([[5, 9]]), max_new_tokens=6)
+    want = other.generate(**options, do_sample=False)
+    assert torch.equal(skimp.generate(other, **options), want)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_sampling_follows_torchs_seed(model):
