@@ -28,8 +28,9 @@ bench: $(STAMP) ## time the kernels and the encoder against what there is
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/split.py
 
+# A process per core, one thread each; a file's tests share what they build.
 test: $(STAMP) ## run the whole suite
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP) ## style, types and the one-way imports
 	$(BIN)/ruff check .

@@ -107,15 +107,18 @@ def check(args, only=None):
         assert error <= TOLERANCE[x.dtype], (plan, float(error))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+# every case in float32, three of them in the others, which differ in where they round
+PAIRS = [(c, d) for d in TOLERANCE for i, c in enumerate(CASES) if i < 3 or d == torch.float32]
+
+
+@pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_against_the_reference(case, dtype):
-    for rows in (1, 2, 133):
+    for rows in (1, 2, 67):
         check(make(case, rows, dtype))
     assert not K.fallbacks()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     d=st.integers(1, 40), experts=st.integers(1, 9), size=st.sampled_from([1, 2, 3, 8, 16, 20]),
     d_out=st.integers(1, 40), gated=st.booleans(), bias=st.booleans(), rows=st.integers(1, 70),
@@ -214,7 +217,7 @@ def check_routed(spec, plan, args, router, mask):
     assert error <= TOLERANCE[got.dtype], (plan, float(error))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 16), **ROUTED)
 def test_a_router_of_few_rows(rows, **options):
     args, spec, router, want = routed_call(rows=rows, **options)
@@ -294,8 +297,7 @@ def check_gradients(args):
         assert worst <= 3 * TOLERANCE[a.dtype], float(worst)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_gradients_against_autograd_of_the_reference(case, dtype):
     for rows in (1, 37) if dtype == torch.float32 else (37,):
         check_gradients(make(case, rows, dtype))

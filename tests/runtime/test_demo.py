@@ -33,7 +33,7 @@ def test_the_main_job_and_its_report(tmp_path, monkeypatch):
         Budget("flops <= 0.6"),
     ]
     monkeypatch.setattr(module, "recipe", lambda *_, **__: few)
-    result = module.demo(tmp_path, passages=400, shapes=[(1, 16)])
+    result = module.demo(tmp_path, passages=120, shapes=[(1, 16)])
     assert result["quality"]["flops"] <= 0.63
     assert result["quality"]["cosine"] > 0.5
     assert 0 < result["flops"]["whole_share"] < 1
