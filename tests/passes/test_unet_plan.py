@@ -8,6 +8,7 @@ import pytest
 import torch
 from skimp.ir.errors import NothingToConvertError, PlanError
 from skimp.passes.prune_unet import PruneUNet, example_of, prune
+from skimp.passes.unet_distill import DistillUNet
 from skimp.passes.unet_graph import discover, export_unet
 from skimp.passes.unet_plan import check, one_per_stage, preset, resolve, search
 from skimp.passes.unet_student import rebuilt
@@ -63,6 +64,26 @@ def test_counts_are_the_papers(real, name):
     assert flops / 2e9 == pytest.approx(gmac, rel=1e-3)
     assert len(student.state_dict()) == tensors
     assert report["attentions"][1] == attentions
+
+
+@pytest.mark.parametrize(("name", "depth", "count"), [("koala-1b", 6, 30), ("koala-700m", 5, 21)])
+def test_taps_are_the_papers(real, name, depth, count):
+    model, gm, unet = real
+    made = prune(model, {}, PruneUNet(preset=name), captured=(gm, unet), verified=False)
+    found, up = (
+        DistillUNet(aligned=a).pairs(unet, made.plan, made.names) for a in ("bottom", "up")
+    )
+    last = {s: t for s, t in found.items() if "attn" not in s}
+    assert last == {
+        "down_blocks.0.resnets.0": "down_blocks.0.resnets.1",
+        "up_blocks.2.resnets.1": "up_blocks.2.resnets.2",
+    }
+    assert len(found) - len(last) == count
+    mine = "up_blocks.0.attentions.1.transformer_blocks"
+    theirs = "up_blocks.0.attentions.2.transformer_blocks"
+    assert found[f"{mine}.{depth - 1}.attn1"] == f"{theirs}.{depth - 1}.attn1"
+    assert list(up) == list(found)
+    assert up[f"{mine}.0.attn1"] == f"{theirs}.{10 - depth}.attn1"
 
 
 def test_bk_leaves_four_deep_stacks(real):
