@@ -67,7 +67,7 @@ def calibrate(
     from .runtime.cascade.traces import read_traces, tabulate
 
     rows = read_traces(traces)
-    specs, default = _specs(members, config, rows)
+    specs, default = specs_of(members, config, rows)
     extract = extractor or default
     table = tabulate(rows, specs, extract=extract, seed=seed)
     rest = (1 - held_out) / 2
@@ -96,7 +96,7 @@ def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
-def _specs(members: str | None, config: Path | None, rows: list[dict[str, Any]]) -> Any:
+def specs_of(members: str | None, config: Path | None, rows: list[dict[str, Any]]) -> Any:
     """Members and samples: as told, as configured, or as the traces have them."""
     from .runtime.cascade.config import load_config, price_of
     from .runtime.cascade.traces import MemberSpec
@@ -207,11 +207,13 @@ def show(
     policy: Annotated[Path, typer.Argument(help="A policy file.")], as_json: AsJson = False
 ) -> None:
     """Show a policy file, if its hash fits."""
-    from .runtime.cascade.policy import load_policy
+    from .runtime.cascade.policy import ROUTER, read_record
 
-    record = dict(load_policy(policy).record)
+    record = read_record(policy)
     if as_json:
         print_json(record)
+    elif record["format"] == ROUTER:
+        raise SkimpError(f"{policy} is a router's: `skimp router show {policy}`")
     else:
         _show_policy(record, policy)
 

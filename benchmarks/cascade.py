@@ -31,7 +31,7 @@ from skimp.runtime.cascade.calibrate import (
     split,
 )
 from skimp.runtime.cascade.extract import vote
-from skimp.runtime.cascade.traces import MemberSpec, Table, _draw, tabulate
+from skimp.runtime.cascade.traces import MemberSpec, Table, draw_samples, tabulate
 
 ALPHA, DELTA = 0.1, 0.1
 SHARES = (0.3, 0.3, 0.4)  # to measure regret, to bound the cost, to judge
@@ -69,7 +69,7 @@ def gsm8k(strong_samples):
     table = tabulate(traces, members)
 
     def right(i, j):
-        drawn = _draw(traces[i], members[j], "", 0)  # the draw that the table was made of
+        drawn = draw_samples(traces[i], members[j], "", 0)  # the draw that the table was made of
         answer = vote([None if s["answer"] is None else str(s["answer"]) for s in drawn])[0]
         return answer is not None and abs(float(answer) - gold[i]) < 1e-3
 

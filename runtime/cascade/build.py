@@ -61,7 +61,10 @@ def build_policies(config: Config, folder: Path) -> dict[str, Policy]:
         if text.startswith("single:"):
             found[name] = Single(text[7:], config.extractor)
         else:
-            found[name] = load_policy(folder / text, name)
+            policy = load_policy(folder / text, name)
+            # a router does without members that are gone; a cascade was calibrated with all of them
+            among = getattr(policy, "among", None)
+            found[name] = policy if among is None else among(tuple(config.members))
     if not found and len(config.members) == 1:
         found["single"] = Single(next(iter(config.members)), config.extractor)
     if not found:

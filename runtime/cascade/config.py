@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...ir.errors import SkimpError
 from ..economics import measured_price
@@ -112,8 +112,9 @@ class Config(_Strict):
 
     Attributes:
         members: By name.
-        policies: By name: a policy file, or ``single:MEMBER``.
-        active: The policy that serves ``model: skimp``; the first if left out.
+        policies: By name: a policy file, of a cascade or a router, or ``single:MEMBER``.
+        active: The policy that serves ``model: skimp``; the first if left out. May be written as
+            ``policy`` too.
         extractor: For requests to single members; a policy file has its own.
         callers: By name; with none, anyone who reaches the port may call.
         ledger: A SQLAlchemy URL.
@@ -122,7 +123,7 @@ class Config(_Strict):
 
     members: dict[str, MemberConfig]
     policies: dict[str, str] = {}
-    active: str | None = None
+    active: str | None = Field(None, validation_alias=AliasChoices("active", "policy"))
     extractor: str = "number"
     server: ServerConfig = ServerConfig()
     callers: dict[str, CallerConfig] = {}

@@ -102,7 +102,7 @@ class Gateway:
     async def _climb(self, trip: Trip) -> Answer:
         failure: MemberError | None = None
         while True:
-            step = trip.policy.next(trip.query.body, trip.hops)
+            step = await self._next(trip)
             if isinstance(step, Serve):
                 return await self._serve(trip, step.hop)
             try:
@@ -123,6 +123,12 @@ class Gateway:
                 if isinstance(step, Call):
                     trip.hops.append(Hop(step.member, (), 0.0, None, trip.cost))
                 trip.replies.append(None)
+
+    async def _next(self, trip: Trip) -> Call | Serve | None:
+        """Ask the policy; in a thread if it thinks for more than a moment."""
+        if getattr(trip.policy, "blocking", False):
+            return await asyncio.to_thread(trip.policy.next, trip.query.body, tuple(trip.hops))
+        return trip.policy.next(trip.query.body, trip.hops)
 
     async def _hop(self, trip: Trip, step: Call) -> None:
         """Ask a member for its samples, or those it names as fallback."""

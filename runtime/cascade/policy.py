@@ -19,6 +19,7 @@ from .calibrate import SKIP, Chosen, Goal
 from .traces import MemberSpec, Table
 
 FORMAT = "skimp-cascade-policy"
+ROUTER = "skimp-router-policy"
 VERSION = 1
 
 
@@ -238,7 +239,7 @@ def policy_record(
         "traces": table.digest,
         "warnings": list(table.warnings),
     }
-    return record | {"sha256": _hash(record)}
+    return record | {"sha256": record_hash(record)}
 
 
 def _thin(costs: Sequence[float], most: int = 1000) -> Sequence[float]:
@@ -248,7 +249,8 @@ def _thin(costs: Sequence[float], most: int = 1000) -> Sequence[float]:
     return [costs[round(i * (len(costs) - 1) / (most - 1))] for i in range(most)]
 
 
-def _hash(record: Mapping[str, Any]) -> str:
+def record_hash(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a policy's record, its own entry aside."""
     plain = {k: v for k, v in record.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -261,8 +263,8 @@ def save_policy(record: Mapping[str, Any], path: Path) -> None:
         raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def load_policy(path: Path, name: str = "cascade") -> Cascade:
-    """Read a policy file.
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a policy file of any kind, its hash checked.
 
     Raises:
         ArtefactError: It is missing, foreign, of another version, or was changed by hand.
@@ -271,14 +273,28 @@ def load_policy(path: Path, name: str = "cascade") -> Cascade:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ArtefactError(f"{path} is no cascade policy")
+    if not isinstance(record, dict) or record.get("format") not in (FORMAT, ROUTER):
+        raise ArtefactError(f"{path} is no cascade policy, nor a router's")
     if record.get("version") != VERSION:
         raise ArtefactError(f"{path} has version {record.get('version')}, not {VERSION}")
-    if record.get("sha256") != _hash(record):
+    if record.get("sha256") != record_hash(record):
         raise ArtefactError(
-            f"{path} was changed after calibration: its hash does not fit. Calibrate again"
+            f"{path} was changed after calibration or training: its hash does not fit. Make it anew"
         )
+    return record
+
+
+def load_policy(path: Path, name: str = "cascade") -> Policy:
+    """Read a policy file, of a cascade or of a router.
+
+    Raises:
+        ArtefactError: It is missing, foreign, of another version, or was changed by hand.
+    """
+    record = read_record(path)
+    if record["format"] == ROUTER:
+        from .router import router_of
+
+        return router_of(record, path, name)
     return cascade_of(record, name)
 
 

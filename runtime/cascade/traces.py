@@ -144,12 +144,12 @@ def tabulate(
         numbers: dict[str, int] = {}
         for j, member in enumerate(members):
             where = f"trace {ids[-1]!r}, member {member.name!r}"
-            samples = _draw(trace, member, where, seed)
-            answers = [_answer(s, find, where) for s in samples]
+            samples = draw_samples(trace, member, where, seed)
+            answers = [sample_answer(s, find, where) for s in samples]
             chosen, confidence[i, j] = vote(answers)
             if chosen is not None:
                 answer[i, j] = numbers.setdefault(chosen, len(numbers))
-            cost[i, j] = sum(_cost(s, member, where) for s in samples)
+            cost[i, j] = sum(sample_cost(s, member, where) for s in samples)
             texts = [s["text"] for s in samples if isinstance(s.get("text"), str)]
             repeated += len(set(texts)) < len(texts)
     _check_unique(ids)
@@ -171,9 +171,10 @@ def tabulate(
     return Table(tuple(members), answer, confidence, cost, tuple(ids), digest, tuple(warnings))
 
 
-def _draw(
+def draw_samples(
     trace: Mapping[str, Any], member: MemberSpec, where: str, seed: int
 ) -> list[Mapping[str, Any]]:
+    """The samples that a member draws of those stored, with the seed and the id alone."""
     found = trace["members"].get(member.name)
     samples = found.get("samples") if isinstance(found, Mapping) else None
     if not isinstance(samples, list) or not all(isinstance(s, Mapping) for s in samples):
@@ -189,7 +190,8 @@ def _draw(
     return [samples[k] for k in sorted(order[: member.samples])]
 
 
-def _answer(sample: Mapping[str, Any], find: Any, where: str) -> str | None:
+def sample_answer(sample: Mapping[str, Any], find: Any, where: str) -> str | None:
+    """The answer of a sample, found in its text if it was not recorded."""
     if sample.get("error"):
         return None
     if "answer" in sample:
@@ -202,7 +204,8 @@ def _answer(sample: Mapping[str, Any], find: Any, where: str) -> str | None:
     raise CalibrationError(f"{where}: a sample without `text`, `answer` or `error`")
 
 
-def _cost(sample: Mapping[str, Any], member: MemberSpec, where: str) -> float:
+def sample_cost(sample: Mapping[str, Any], member: MemberSpec, where: str) -> float:
+    """US dollars of a sample."""
     if member.price is not None and sample.get("completion_tokens") is not None:
         value = member.price.of(
             _number(sample, "prompt_tokens", where), _number(sample, "completion_tokens", where)

@@ -22,14 +22,27 @@ from skimp.runtime.cascade.config import parse_config
 from skimp.runtime.cascade.run import build_server
 
 HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("skimp_test_stub", HERE / "stub.py")
-stub = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stub)
+
+
+def beside(name):
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"skimp_test_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stub = beside("stub")
 
 
 @pytest.fixture(scope="session")
 def stub_module():
     return stub
+
+
+@pytest.fixture(scope="session")
+def worlds():
+    return beside("worlds")
 
 
 @pytest.fixture
@@ -123,7 +136,7 @@ def write_policy(tmp_path):
             "calibration_costs": [0.001 * i for i in range(50)],
             **more,
         }
-        record["sha256"] = policy._hash(record)
+        record["sha256"] = policy.record_hash(record)
         path = tmp_path / "policy.json"
         policy.save_policy(record, path)
         return path.name

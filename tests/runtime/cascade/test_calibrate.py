@@ -275,8 +275,8 @@ def test_better_than_mixing_two_members_at_equal_cost(gsm, gsm_traces):
     right = np.zeros((len(gsm), 2))
     for i, trace in enumerate(gsm_traces[0]):
         for j, member in enumerate(TWO):
-            drawn = traces_module._draw(trace, member, "", 0)
-            answer = vote([traces_module._answer(s, None, "") for s in drawn])[0]
+            drawn = traces_module.draw_samples(trace, member, "", 0)
+            answer = vote([traces_module.sample_answer(s, None, "") for s in drawn])[0]
             right[i, j] = answer is not None and abs(float(answer) - gold[i]) < 1e-3
     gains = []
     for seed in range(20):
