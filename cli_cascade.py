@@ -8,15 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_console import AsJson, err, print_json, progress
+from .cli_console import INFEASIBLE, AsJson, ConfigFile, err, print_json, progress
 from .cli_console import out as console
 from .ir.errors import SkimpError
 
 cascade = typer.Typer(no_args_is_help=True, help="Choose the cheapest model that will do.")
-INFEASIBLE = 3
-"""Exit status where no policy keeps the bound."""
-
-ConfigFile = Annotated[Path | None, typer.Option(help="cascade.yaml, for members and prices.")]
 
 
 # -- cascade --------------------------------------------------------------------------------------
@@ -64,6 +60,7 @@ def calibrate(
     from .runtime.cascade.calibrate import calibrate as run
     from .runtime.cascade.frontier import cost_frontier
     from .runtime.cascade.policy import policy_record, save_policy
+    from .runtime.cascade.specs import specs_of
     from .runtime.cascade.traces import read_traces, tabulate
 
     rows = read_traces(traces)
@@ -94,31 +91,6 @@ def calibrate(
 
 def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
-
-
-def specs_of(members: str | None, config: Path | None, rows: list[dict[str, Any]]) -> Any:
-    """Members and samples: as told, as configured, or as the traces have them."""
-    from .runtime.cascade.config import load_config, price_of
-    from .runtime.cascade.traces import MemberSpec
-
-    prices, samples, extract = {}, {}, "number"
-    if config is not None:
-        loaded = load_config(config)
-        prices = {n: price_of(m, config.parent) for n, m in loaded.members.items()}
-        samples = {n: m.samples for n, m in loaded.members.items()}
-        extract = loaded.extractor
-    if members is not None:
-        samples = {}
-        for part in members.split(","):
-            name, _, count = part.strip().rpartition(":")
-            if not name or not count.isdigit() or int(count) < 1:
-                raise SkimpError(f"--members: {part!r} is not NAME:SAMPLES")
-            samples[name] = int(count)
-    if not samples:
-        for name in rows[0]["members"]:
-            found = [r["members"].get(name, {}).get("samples", []) for r in rows]
-            samples[name] = max(1, min(len(s) for s in found))
-    return [MemberSpec(n, k, prices.get(n)) for n, k in samples.items()], extract
 
 
 def _show_policy(record: dict[str, Any], out: Path) -> None:

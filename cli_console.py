@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,9 @@ out = Console()
 err = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="cascade.yaml, for members and prices.")]
+INFEASIBLE = 3
+"""Exit status where no policy keeps the bound."""
 
 
 def print_json(value: Any) -> None:

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_cascade import INFEASIBLE, ConfigFile, specs_of
-from .cli_console import AsJson, err, print_json, progress
+from .cli_console import INFEASIBLE, AsJson, ConfigFile, err, print_json, progress
 from .cli_console import out as console
 from .ir.errors import SkimpError
 
@@ -76,6 +75,7 @@ def train(
     from .runtime.cascade.router import Plan, save_router
     from .runtime.cascade.router_train import Bound, Training, build
     from .runtime.cascade.router_world import World, read_questions, recorded
+    from .runtime.cascade.specs import specs_of
     from .runtime.cascade.traces import read_traces
 
     if (traces is None) == (replay is None):
@@ -126,6 +126,7 @@ def train(
 
 def _replay(path: Path, config: Path | None, members: str | None) -> Any:
     from .runtime.cascade.responses import Replay, ResponseCache
+    from .runtime.cascade.specs import specs_of
 
     if config is None and not path.exists():
         raise SkimpError(f"{path} does not exist, and without --config there is nobody to ask")
