@@ -16,7 +16,7 @@ from .ir.errors import ExportError
 
 def export(
     folder: Annotated[Path, typer.Argument(help="What `skimp convert` or save_pretrained wrote.")],
-    to: Annotated[str, typer.Option(help="pt2, onnx or safetensors.")] = "pt2",
+    to: Annotated[str, typer.Option(help="pt2, onnx, mlir, iree or safetensors.")] = "pt2",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="By default FOLDER/model.TO.")
     ] = None,
@@ -37,6 +37,7 @@ def export(
     """Write a converted model for a life outside Python, compare it with the model, and report."""
     from .runtime.export import dry_run as plan
     from .runtime.export import export as run
+    from .runtime.export import suffix_of
 
     loaded, example = _load(folder, model)
     if dry_run:
@@ -46,7 +47,7 @@ def export(
             return
         _table({k: f"{v:.1%}" if k == "coverage" else v for k, v in planned.items()})
         return
-    path = out or folder / ("exported" if to == "safetensors" else f"model.{to}")
+    path = out or folder / ("exported" if to == "safetensors" else f"model{suffix_of(to)}")
     report = run(
         loaded, example, path, to=to, tolerance=tolerance, floor=floor, opset=opset, native=native
     )

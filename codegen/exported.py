@@ -186,23 +186,6 @@ def tensors_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(zip(_names([k for k, _ in found]), (v for _, v in found), strict=True))
 
 
-def check_thresholds(
-    blocks: Mapping[str, Any], tau: float | Mapping[str, float]
-) -> dict[str, float]:
-    """A threshold for each block that gets one, from one for all or some by name.
-
-    Raises:
-        ValueError: A threshold outside ``[0, 1]``, or an unknown block.
-    """
-    values = dict(tau) if isinstance(tau, Mapping) else dict.fromkeys(blocks, float(tau))
-    for name, value in values.items():
-        if name not in blocks:
-            raise ValueError(f"no block is named {name!r}; there are {', '.join(blocks)}")
-        if not 0 <= value <= 1:
-            raise ValueError(f"tau {value} of {name} is outside [0, 1]")
-    return {name: float(value) for name, value in values.items()}
-
-
 def differences(
     names: Sequence[str], want: Sequence[Tensor], got: Sequence[Tensor]
 ) -> dict[str, dict[str, float]]:

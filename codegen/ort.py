@@ -17,7 +17,8 @@ from ..ir.errors import ArtefactError
 from .cpp.emit import ACTS
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import KernelSpec, detect_isa
-from .exported import check_thresholds, first_line, tensors_of
+from .exported import first_line
+from .loaded import Loaded
 
 PROPERTIES = ("skimp.taus", "skimp.sha256")
 
@@ -84,7 +85,7 @@ def operators(path: str | Path) -> Path:
     return compile_operators(specs_of(read(Path(path))))
 
 
-class Session:
+class Session(Loaded):
     """A loaded file.
 
     Args:
@@ -93,7 +94,6 @@ class Session:
         library: Of the kernels, if it shall not be compiled.
 
     Attributes:
-        inputs, outputs: Names, in order.
         session: The ``onnxruntime.InferenceSession``.
 
     Raises:
@@ -128,25 +128,19 @@ class Session:
                 f"{first_line(error)}"
             ) from error
         held = {p.key: p.value for p in model.metadata_props}
-        self.taus: dict[str, str] = json.loads(held["skimp.taus"])
-        self.inputs: list[str] = [i.name for i in self.session.get_inputs()]
-        self.outputs: list[str] = [o.name for o in self.session.get_outputs()]
+        self.taus = json.loads(held["skimp.taus"])
+        self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
         self._given: dict[str, Any] = {}
 
     def run(self, named: Mapping[str, Tensor]) -> list[Tensor]:
-        """From inputs by name, of which the file may not need all, to the outputs, in order."""
+        """From inputs by name, of which it may not need all, to the outputs, in order."""
         feed = {n: named[n].numpy() for n in self.inputs}
         return [torch.from_numpy(a) for a in self.session.run(None, feed | self._given)]
 
-    def __call__(self, **kwargs: Any) -> dict[str, Tensor]:
-        """Call it like the model; outputs by name."""
-        return dict(zip(self.outputs, self.run(tensors_of(kwargs)), strict=True))
+    def turn(self, thresholds: Mapping[str, Tensor]) -> None:
+        """Set thresholds, 0-d float32, by their names in the file."""
+        self._given |= {name: tau.numpy() for name, tau in thresholds.items()}
 
-    def set_tau(self, tau: float | Mapping[str, float]) -> None:
-        """Turn the knob: one threshold in ``[0, 1]``, or one per block by name.
 
-        Raises:
-            ValueError: A threshold outside ``[0, 1]``, or an unknown block.
-        """
-        values = check_thresholds(self.taus, tau)
-        self._given |= {self.taus[n]: torch.tensor(v).numpy() for n, v in values.items()}
+__all__ = ["Session", "operators"]

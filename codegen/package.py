@@ -6,10 +6,8 @@ before the model. Thresholds stay constants by name, which a loaded model lets b
 """
 
 import hashlib
-import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,16 +29,14 @@ from .exported import (
     Report,
     capture,
     check_floor,
-    check_thresholds,
     differences,
     first_line,
     run_model,
-    tensors_of,
 )
+from .loaded import Loaded, append, read
 from .spec import constants_of
 
 VERSION = 1
-INDEX = "skimp/index.json"  # not under extra/, which torch reads as text
 LIBRARY = "skimp/kernels.so"
 
 
@@ -159,9 +155,9 @@ def export_pt2(
                 "taus": captured.taus,
                 "free": captured.free,
             }
-            _append(draft, index, lowering.made.data)
+            append(draft, index, {LIBRARY: lowering.made.data})
             loaded = load_pt2(draft)
-            got = loaded.run(*captured.example)
+            got = loaded.run(dict(zip(captured.inputs, captured.example, strict=True)))
             errors = differences(captured.outputs, captured.expected, got)
             check_floor(errors, tolerance, captured.coverage, floor)
             size = draft.stat().st_size
@@ -174,7 +170,7 @@ def export_pt2(
     if metric is not None:
         found = {
             "model": metric(lambda **kwargs: run_model(model, kwargs)[1]),
-            "artefact": metric(lambda **kwargs: loaded.run(*tensors_of(kwargs).values())),
+            "artefact": metric(lambda **kwargs: list(loaded(**kwargs).values())),
         }
     runtime = f"torch {torch.__version__} (libtorch suffices, no Python), {lowering.made.isa}"
     return Report(
@@ -183,25 +179,16 @@ def export_pt2(
     )  # fmt: skip
 
 
-def _append(path: Path, index: Mapping[str, Any], library: bytes) -> None:
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
-        root = archive.namelist()[0].split("/")[0]
-        archive.writestr(f"{root}/{LIBRARY}", library)
-        archive.writestr(f"{root}/{INDEX}", json.dumps(index, indent=1))
-
-
-class Package:
+class Package(Loaded):
     """A loaded ``.pt2``.
 
     Attributes:
         index: What was noted at export.
-        inputs, outputs: Names, in order.
     """
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
         self.index = index
-        self.inputs: list[str] = index["inputs"]
-        self.outputs: list[str] = index["outputs"]
+        self.inputs, self.outputs, self.taus = index["inputs"], index["outputs"], index["taus"]
         try:
             self._model: Any = torch._inductor.aoti_load_package(str(path))
         except Exception as error:
@@ -213,25 +200,13 @@ class Package:
         if lost := [n for n in index["taus"].values() if n not in names]:
             raise ArtefactError(f"{path} has no constants {lost[:3]}; it is damaged")
 
-    def run(self, *tensors: Tensor) -> list[Tensor]:
-        """From the inputs, in order, to the outputs, in order."""
-        if len(tensors) != len(self.inputs):
-            raise ValueError(f"{len(tensors)} inputs where {', '.join(self.inputs)} are needed")
-        return list(self._model.loader.run(list(tensors)))
+    def run(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        """From inputs by name to the outputs, in order."""
+        return list(self._model.loader.run([named[n] for n in self.inputs]))
 
-    def __call__(self, **kwargs: Any) -> dict[str, Tensor]:
-        """Call it like the model; outputs by name."""
-        return dict(zip(self.outputs, self.run(*tensors_of(kwargs).values()), strict=True))
-
-    def set_tau(self, tau: float | Mapping[str, float]) -> None:
-        """Turn the knob: one threshold in ``[0, 1]``, or one per block by name.
-
-        Raises:
-            ValueError: A threshold outside ``[0, 1]``, or an unknown block.
-        """
-        names: dict[str, str] = self.index["taus"]
-        update = {names[n]: torch.tensor(v) for n, v in check_thresholds(names, tau).items()}
-        self._model.load_constants(update, check_full_update=False)
+    def turn(self, thresholds: Mapping[str, Tensor]) -> None:
+        """Set thresholds, 0-d float32, by their names in the package."""
+        self._model.load_constants(dict(thresholds), check_full_update=False)
 
 
 def load_pt2(path: str | Path) -> Package:
@@ -242,30 +217,15 @@ def load_pt2(path: str | Path) -> Package:
             processor.
     """
     path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {n.split("/", 1)[-1]: n for n in archive.namelist()}
-            if INDEX not in names:
-                raise ArtefactError(f"{path} holds no {INDEX}: it was not written by skimp.export")
-            index = json.loads(archive.read(names[INDEX]))
-            if index.get("version") != VERSION:
-                raise ArtefactError(
-                    f"{path} has version {index.get('version')}; this skimp reads {VERSION}"
-                )
-            check_machine(str(index["isa"]), str(path))
-            if index["library"] not in names:
-                raise ArtefactError(
-                    f"{path} lacks its kernel library {index['library']}; export the model again"
-                )
-            library = archive.read(names[index["library"]])
-            if hashlib.sha256(library).hexdigest() != index["sha256"]:
-                raise ArtefactError(f"the kernel library in {path} is not the one it was made with")
-            if bad := archive.testzip():
-                raise ArtefactError(f"{path} is damaged at {bad}; export the model again")
-    except FileNotFoundError as error:
-        raise ArtefactError(f"{path} does not exist") from error
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-        raise ArtefactError(f"{path} is damaged or truncated ({error}); export it again") from error
+    index, files = read(path, VERSION)
+    check_machine(str(index["isa"]), str(path))
+    if index["library"] not in files:
+        raise ArtefactError(
+            f"{path} lacks its kernel library {index['library']}; export the model again"
+        )
+    library = files[index["library"]]
+    if hashlib.sha256(library).hexdigest() != index["sha256"]:
+        raise ArtefactError(f"the kernel library in {path} is not the one it was made with")
     namespace = str(index["namespace"])
     where = cache_dir() / "packages" / f"{namespace}-{index['sha256'][:16]}.so"
     try:

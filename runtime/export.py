@@ -12,13 +12,19 @@ from ..codegen.exported import Report, check_floor, coverage, differences, run_m
 from ..ir.errors import ExportError
 from ..passes.lift import blocks
 
-DOORS = ("pt2", "onnx", "safetensors")
+DOORS = ("pt2", "onnx", "mlir", "iree", "safetensors")
 """The forms that :func:`export` writes."""
+
+
+def suffix_of(door: str) -> str:
+    """Of the files of a door."""
+    return {"iree": ".vmfb", "safetensors": ""}.get(door, f".{door}")
 
 
 def door_of(path: Path) -> str:
     """The door that a file name asks for: by its suffix, or ``safetensors`` for a folder."""
-    return path.suffix.removeprefix(".") or "safetensors"
+    named = {suffix_of(door): door for door in DOORS}
+    return named.get(path.suffix, path.suffix.removeprefix("."))
 
 
 def export(
@@ -51,19 +57,23 @@ def export(
         ExportError: It cannot be exported, or the result is not within the bounds.
     """
     door = to or door_of(Path(path))
+    common: dict[str, Any] = dict(dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor)
     if door == "pt2":
         from ..codegen.package import export_pt2
 
-        return export_pt2(
-            model, example, path, dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor
-        )
+        return export_pt2(model, example, path, **common)
     if door == "onnx":
-        from ..codegen.onnx import export_onnx
+        from ..codegen.onnx import OPSET, export_onnx
 
-        return export_onnx(
-            model, example, path, dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor,
-            native=native, **({} if opset is None else {"opset": opset}),
-        )  # fmt: skip
+        return export_onnx(model, example, path, **common, opset=opset or OPSET, native=native)
+    if door == "mlir":
+        from ..codegen.mlir import export_mlir
+
+        return export_mlir(model, example, path, **common)
+    if door == "iree":
+        from ..codegen.iree import export_iree
+
+        return export_iree(model, example, path, **common)
     if door == "safetensors":
         return _export_folder(model, example, Path(path), tolerance, floor)
     raise ExportError(f"there is no door {door!r}; there are {', '.join(DOORS)}")
@@ -72,6 +82,8 @@ def export(
 RUNTIMES = {
     "pt2": "torch (libtorch suffices, no Python) and a CPU like this one",
     "onnx": "any ONNX Runtime",
+    "mlir": "a compiler of linalg, such as IREE",
+    "iree": "IREE's runtime and a CPU like this one",
     "safetensors": "torch, skimp and the model's own code",
 }
 """What each door's artefacts need."""

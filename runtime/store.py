@@ -14,8 +14,7 @@ from ..ir.errors import ArtefactError
 from ..passes.convert import prepare
 
 if TYPE_CHECKING:
-    from ..codegen.ort import Session
-    from ..codegen.package import Package
+    from ..codegen.loaded import Loaded
 
 
 def save(model: GraphModule, folder: str | Path, example: Mapping[str, Any]) -> None:
@@ -38,15 +37,15 @@ def load(folder: str | Path, model: nn.Module) -> GraphModule: ...
 
 
 @overload
-def load(folder: str | Path) -> "Package | Session": ...
+def load(folder: str | Path) -> "Loaded": ...
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | Package | Session":
+def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | Loaded":
     """Load a converted model.
 
     Args:
-        folder: Where :func:`save` wrote it, or a ``.pt2`` or ``.onnx`` that :func:`skimp.export`
-            wrote.
+        folder: Where :func:`save` wrote it, or a ``.pt2``, ``.onnx`` or ``.vmfb`` that
+            :func:`skimp.export` wrote.
         model: The architecture it was converted from; its weights do not matter. Files need none.
 
     Returns:
@@ -63,6 +62,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | P
         from ..codegen.ort import Session
 
         return Session(folder)
+    if Path(folder).suffix == ".vmfb":
+        from ..codegen.iree import IreeModule
+
+        return IreeModule(folder)
     if model is None:
         raise ArtefactError(f"{folder} holds weights only: pass the model it was converted from")
     index = artefact.read_index(Path(folder))

@@ -11,7 +11,7 @@ from skimp.passes.project import Project
 from skimp.passes.sparsify import Relufy
 
 SMALL = dict(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64
+    hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=64
 )
 
 

@@ -38,13 +38,13 @@ def test_a_report_for_people_and_for_programs(folders, tmp_path):
     got = run(sparse, "--to", "onnx", "--model", dense, "-o", path, "--json")
     assert got.exit_code == 0, got.output
     report = json.loads(got.stdout.splitlines()[-1])
-    assert report["blocks"] == 10
+    assert report["blocks"] == 5
     assert report["bytes"] == path.stat().st_size
     assert report["errors"]["last_hidden_state"]["relative"] <= 1e-4
     got = run(sparse, "--to", "safetensors", "--model", dense, "-o", tmp_path / "copy")
     assert got.exit_code == 0, got.output
     assert "last_hidden_state" in got.stdout
-    assert "in 10 blocks" in got.stdout
+    assert "in 5 blocks" in got.stdout
 
 
 def test_a_dry_run_writes_nothing(folders, tmp_path):
@@ -53,7 +53,7 @@ def test_a_dry_run_writes_nothing(folders, tmp_path):
     got = run(sparse, "--model", dense, "-o", path, "--dry-run", "--json")
     assert got.exit_code == 0, got.output
     plan = json.loads(got.stdout.splitlines()[-1])
-    assert plan["blocks"] == 10
+    assert plan["blocks"] == 5
     assert 0.5 < plan["coverage"] < 1
     assert not path.exists()
 

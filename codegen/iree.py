@@ -1,0 +1,141 @@
+"""IREE: a ``.vmfb`` for CPUs, with thresholds as inputs, that needs neither torch nor skimp.
+
+It is an archive, as IREE writes it, with the names of inputs and outputs in ``skimp/index.json``.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ir.errors import ArtefactError, ExportError
+from .cpp.bundle import check_machine
+from .cpp.spec import detect_isa
+from .exported import Report, capture, check_floor, differences, first_line
+from .loaded import Loaded, append, read
+from .mlir import lower, needs, to_module
+
+VERSION = 1
+
+
+def export_iree(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    path: str | Path,
+    *,
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
+    tolerance: float = 1e-4,
+    floor: float = 0.0,
+) -> Report:
+    """Compile a converted model with IREE, for the CPU at hand.
+
+    Args:
+        model: With blocks, on the CPU, in evaluation mode.
+        example: Keyword arguments of one call.
+        path: Replaced only when the new file is complete and agrees.
+        dynamic_shapes: See :func:`skimp.codegen.exported.capture`.
+        tolerance: Largest relative difference of an output to the model's.
+        floor: Least share of FLOPs in converted blocks.
+
+    Raises:
+        ExportError: It cannot be exported, or the result is not within the bounds.
+    """
+    needs("torch_mlir", "iree.compiler", "iree.runtime")
+    path = Path(path)
+    captured = capture(model, example, dynamic_shapes)
+    check_floor({}, tolerance, captured.coverage, floor)
+    module = to_module(lower(captured), captured.taus, "linalg-on-tensors")
+    index = {
+        "format": "skimp-iree",
+        "version": VERSION,
+        "isa": detect_isa(),
+        "inputs": list(captured.inputs),
+        "outputs": list(captured.outputs),
+        "taus": captured.taus,
+        "defaults": [float(captured.program.state_dict[n]) for n in captured.taus.values()],
+        "free": captured.free,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
+            draft = Path(scratch) / "model.vmfb"
+            _compile(module, Path(scratch) / "model.mlirbc", draft)
+            append(draft, index)
+            got = IreeModule(draft).run(dict(zip(captured.inputs, captured.example, strict=True)))
+            errors = differences(captured.outputs, captured.expected, got)
+            check_floor(errors, tolerance, captured.coverage, floor)
+            size = draft.stat().st_size
+            os.replace(draft, path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
+    return Report(
+        "iree", str(path), size, f"IREE's runtime {version('iree-base-runtime')}, {detect_isa()}",
+        captured.coverage, len(captured.taus), errors, captured.free, None,
+        [f"main takes {len(captured.taus)} thresholds, then {', '.join(captured.inputs)}",
+         "every expert is computed and masked: the time of a dense model"],
+    )  # fmt: skip
+
+
+def _compile(module: Any, code: Path, to: Path) -> None:
+    from iree.compiler import tools
+
+    with code.open("wb") as file:  # weights as text would be twice as large
+        module.operation.write_bytecode(file)
+    try:
+        tools.compile_file(
+            str(code),
+            target_backends=["llvm-cpu"],
+            input_type="auto",
+            output_file=str(to),
+            extra_args=["--iree-llvmcpu-target-cpu=host"],
+        )
+    except tools.CompilerToolError as error:
+        lines = [x for x in str(error).splitlines() if "error:" in x] or [first_line(error)]
+        raise ExportError(f"IREE cannot compile the model: {lines[0].strip()}") from error
+
+
+class IreeModule(Loaded):
+    """A loaded ``.vmfb``.
+
+    Raises:
+        ArtefactError: It is damaged, truncated or foreign, or made for another processor.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        needs("iree.runtime")
+        from iree import runtime
+
+        index, _ = read(Path(path), VERSION)
+        check_machine(str(index["isa"]), str(path))
+        self.inputs, self.outputs, self.taus = index["inputs"], index["outputs"], index["taus"]
+        self._given = {
+            name: torch.tensor(value)
+            for name, value in zip(self.taus.values(), index["defaults"], strict=True)
+        }
+        config = runtime.Config("local-task")
+        try:
+            context = runtime.SystemContext(config=config)
+            module = runtime.VmModule.copy_buffer(context.instance, Path(path).read_bytes())
+            context.add_vm_module(module)
+            self._main: Any = context.modules.module.main
+        except Exception as error:  # of no common class
+            raise ArtefactError(
+                f"{path} cannot be loaded by IREE {version('iree-base-runtime')}: "
+                f"{first_line(error)}; export the model again"
+            ) from error
+
+    def run(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        """From inputs by name to the outputs, in order."""
+        tensors = [*self._given.values(), *(named[n] for n in self.inputs)]
+        got = self._main(*(t.detach().numpy() for t in tensors))
+        outputs = got if isinstance(got, tuple | list) else [got]
+        return [torch.from_numpy(o.to_host().copy()) for o in outputs]
+
+    def turn(self, thresholds: Mapping[str, Tensor]) -> None:
+        """Set thresholds, 0-d float32, by their names in the file."""
+        self._given |= thresholds
