@@ -27,12 +27,7 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
     Raises:
         TraceError: The model cannot be exported as one graph.
     """
-    free = {
-        name: dict.fromkeys(range(min(value.dim(), 2)), Dim.AUTO)
-        if isinstance(value, torch.Tensor) and not value.is_floating_point()
-        else ({0: Dim.AUTO} if isinstance(value, torch.Tensor) and value.dim() else None)
-        for name, value in example.items()
-    }
+    free = {name: _free(value) for name, value in example.items()}
     try:
         with torch.no_grad(), _without_cache(model):
             program = torch.export.export(model, (), dict(example), dynamic_shapes=free)
@@ -47,6 +42,15 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     return module
+
+
+def _free(value: Any) -> Any:
+    """Which dimensions of an argument are free: batch and, of token ids and masks, length."""
+    if isinstance(value, Mapping):
+        return {name: _free(inner) for name, inner in value.items()}
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return None
+    return dict.fromkeys(range(1 if value.is_floating_point() else min(value.dim(), 2)), Dim.AUTO)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ comes after is computed again. A ranking says what is lost before any training; 
 what is lost after it.
 """
 
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from torch.nn import functional as F
 
 from ..ir.errors import PlanError
 from .base import first_tensor
+from .lift import drop_unused_parameters
 from .unet_graph import UNet, shape
+from .unet_student import sweep
 
 RANKINGS = ("cosine", "output", "attention")
 aten = torch.ops.aten
@@ -49,33 +52,69 @@ def candidates(gm: GraphModule, unet: UNet) -> list[Candidate]:
 
 
 def residuals(gm: GraphModule) -> list[Candidate]:
-    """Every ``x + f(x)`` of 4-D tensors in a graph, whatever modules it was traced from."""
+    """Every ``x + f(x)`` of 4-D tensors in a graph, whatever modules it was traced from.
+
+    ``x`` may have been resized on the way, as around a sampler. Each is called as the parameters
+    of its branch are, as far as these agree.
+    """
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     found = []
     for n in gm.graph.nodes:
-        if n.target not in (aten.add.Tensor, operator.add, torch.add) or len(n.all_input_nodes) < 2:
+        if n.target not in (aten.add.Tensor, torch.add) or len(n.all_input_nodes) < 2:
             continue
-        x, branch = sorted(n.all_input_nodes, key=order.__getitem__)
-        if (
-            len(shape(n)) == 4
-            and shape(x) == shape(branch) == shape(n)
-            and _reads(branch, x, order)
-        ):
-            found.append(Candidate(n.name, x.name, n.name))
+        if len(shape(n)) != 4 or len({shape(n), *map(shape, n.all_input_nodes)}) > 1:
+            continue
+        for x, branch in itertools.permutations(n.all_input_nodes):
+            inside = _between(branch, _source(x), order)
+            if _source(x) in inside:
+                read = [a.target.split(".") for a in inside if a.op == "get_attr"]  # type: ignore[union-attr]
+                weights = [parts for parts in read if len(parts) > 1]
+                name = ".".join(
+                    itertools.takewhile(bool, map(_agreed, zip(*weights, strict=False)))
+                )
+                found.append(Candidate(name or n.name, x.name, n.name))
+                break
     return found
 
 
-def _reads(node: Node, x: Node, order: Mapping[Node, int]) -> bool:
+def _source(node: Node) -> Node:
+    """What a feature map is, or was before it was resized without weights."""
+    inputs = node.all_input_nodes
+    if len(inputs) == 1 and len(shape(node)) == len(shape(inputs[0])) == 4:
+        same = shape(node)[:2] == shape(inputs[0])[:2]
+        return inputs[0] if same and shape(node)[2:] != shape(inputs[0])[2:] else node
+    return node
+
+
+def _agreed(parts: tuple[str, ...]) -> str:
+    return parts[0] if len(set(parts)) == 1 else ""
+
+
+def _between(node: Node, x: Node, order: Mapping[Node, int]) -> set[Node]:
+    """What a node is computed from, up to ``x`` and no further back, with parameters."""
     seen: set[Node] = set()
     todo = [node]
     while todo:
         here = todo.pop()
-        if here is x:
-            return True
-        if here not in seen and order[here] > order[x]:
+        if here not in seen and (order[here] >= order[x] or here.op == "get_attr"):
             seen.add(here)
-            todo.extend(here.all_input_nodes)
-    return False
+            todo.extend(() if here is x else here.all_input_nodes)
+    return seen
+
+
+def drop(gm: GraphModule, parts: Sequence[Candidate]) -> None:
+    """Leave parts out of a graph for good, in place."""
+    node = {n.name: n for n in gm.graph.nodes}
+    for part in sorted(parts, key=lambda c: list(node).index(c.output)):
+        entry = node[part.input]
+        node[part.output].replace_all_uses_with(entry)
+        for name, other in node.items():  # what was entered here now enters later parts
+            if other is node[part.output] and name != part.output:
+                node[name] = entry
+        node[part.output] = entry
+    sweep(gm)
+    drop_unused_parameters(gm)
+    gm.recompile()
 
 
 def rank(
