@@ -21,6 +21,7 @@ from rich.table import Table
 from .cli_cascade import cascade, serve
 from .cli_economics import economics
 from .cli_export import export
+from .cli_judge import judge
 from .cli_router import router
 from .cli_tree import generate, train_drafter
 from .ir.cost import cache_dir
@@ -36,6 +37,9 @@ app.add_typer(cascade, name="cascade")
 app.add_typer(economics, name="economics")
 app.add_typer(router, name="router")
 app.command(epilog="Example:  skimp serve cascade.yaml --port 8080")(serve)
+app.command(epilog="Example:  skimp judge pairs.jsonl --config cascade.yaml --judge large --both")(
+    judge
+)
 app.command(epilog="Example:  skimp generate smollm2 --prompt 'Why is the sky blue?'")(generate)
 app.command("train-drafter", epilog="Example:  skimp train-drafter smollm2 --prompts prompts.txt")(
     train_drafter

@@ -58,7 +58,11 @@ def build_policies(config: Config, folder: Path) -> dict[str, Policy]:
     """By name; a single member needs no policy to be written down."""
     found: dict[str, Policy] = {}
     for name, text in config.policies.items():
-        if text.startswith("single:"):
+        if not isinstance(text, str):
+            from .judge_check import load_checked
+
+            found[name] = load_checked(text, folder, name)
+        elif text.startswith("single:"):
             found[name] = Single(text[7:], config.extractor)
         else:
             policy = load_policy(folder / text, name)

@@ -107,12 +107,29 @@ class ServerConfig(_Strict):
     log_prompts: bool = False
 
 
+class JudgedConfig(_Strict):
+    """A cascade whose answers a judge compares with what the next member said before.
+
+    Attributes:
+        cascade: The policy file.
+        judge: The member that judges.
+        responses: A cache of the members' responses, as ``skimp router train`` writes it.
+        guide: A log of ``skimp judge``, whose last guide the judge uses.
+    """
+
+    cascade: Path
+    judge: str
+    responses: Path
+    guide: Path | None = None
+
+
 class Config(_Strict):
     """All of it.
 
     Attributes:
         members: By name.
-        policies: By name: a policy file, of a cascade or a router, or ``single:MEMBER``.
+        policies: By name: a policy file, of a cascade or a router, or ``single:MEMBER``, or
+            a cascade with a judge.
         active: The policy that serves ``model: skimp``; the first if left out. May be written as
             ``policy`` too.
         extractor: For requests to single members; a policy file has its own.
@@ -122,7 +139,7 @@ class Config(_Strict):
     """
 
     members: dict[str, MemberConfig]
-    policies: dict[str, str] = {}
+    policies: dict[str, str | JudgedConfig] = {}
     active: str | None = Field(None, validation_alias=AliasChoices("active", "policy"))
     extractor: str = "number"
     server: ServerConfig = ServerConfig()
@@ -144,7 +161,10 @@ class Config(_Strict):
                 if other not in self.members or other == name:
                     raise ValueError(f"members.{name}.fallback: no other member {other!r}")
         for name, policy in self.policies.items():
-            if policy.startswith("single:") and policy[7:] not in self.members:
+            if isinstance(policy, JudgedConfig):
+                if policy.judge not in self.members:
+                    raise ValueError(f"policies.{name}.judge: no member {policy.judge!r}")
+            elif policy.startswith("single:") and policy[7:] not in self.members:
                 raise ValueError(f"policies.{name}: no member {policy[7:]!r}")
         if self.active is not None and self.active not in self.policies:
             raise ValueError(f"active: no policy {self.active!r}")

@@ -121,7 +121,7 @@ class Gateway:
             except MemberError as error:  # a voter may refuse what a stronger member can do
                 failure = error
                 if isinstance(step, Call):
-                    trip.hops.append(Hop(step.member, (), 0.0, None, trip.cost))
+                    trip.hops.append(Hop(step.member, (), 0.0, None, trip.cost, step.check))
                 trip.replies.append(None)
 
     async def _next(self, trip: Trip) -> Call | Serve | None:
@@ -170,8 +170,9 @@ class Gateway:
         mode, confidence = vote(padded)
         at = answers.index(mode) if mode is not None else 0
         text = json.dumps(choice_message(choices[at][0].body["choices"][choices[at][1]]))
-        asked = step.samples > 1 or not step.final
-        trip.hops.append(Hop(step.member, tuple(padded), confidence, text, trip.cost))
+        asked = step.samples > 1 or not (step.final or step.check)
+        hop = Hop(step.member, tuple(padded), confidence, text, trip.cost, step.check)
+        trip.hops.append(hop)
         trip.replies.append(Kept(*choices[at], name))
         usages = [r.usage or {} for r in replies]
         trip.route.append(
@@ -264,7 +265,8 @@ class Gateway:
 
 
 def _request(query: Query, step: Call) -> dict[str, Any]:
-    return {**query.body, **step.change}
+    gone = [k for k, v in step.change.items() if v is None]
+    return {k: v for k, v in {**query.body, **step.change}.items() if k not in gone}
 
 
 def _calls(query: Query, step: Call, entry: Entry) -> list[tuple[dict[str, Any], int]]:

@@ -33,6 +33,7 @@ class Hop:
         confidence: Share of the samples that agree with the mode.
         text: Of the sample that stands for the mode; ``None`` if the member failed.
         cost: US dollars so far, this hop included.
+        check: It is about another hop, a judgment say, and never served.
     """
 
     member: str
@@ -40,6 +41,7 @@ class Hop:
     confidence: float
     text: str | None
     cost: float = 0.0
+    check: bool = False
 
     @property
     def ok(self) -> bool:
@@ -55,13 +57,16 @@ class Call:
         member: Its name.
         samples: How many.
         final: Serve what it says whatever that is, so it may stream.
-        change: Fields of the request to replace for this call, ``messages`` for example.
+        change: Fields of the request to replace for this call, ``messages`` for example; ``None``
+            takes a field out.
+        check: What it says is about another hop, and is never served.
     """
 
     member: str
     samples: int = 1
     final: bool = False
     change: Mapping[str, Any] = field(default_factory=dict)
+    check: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,7 +197,7 @@ class Router:
         stage = len(good)
         if stage >= self.plan.hops:
             return served
-        said = [_text(hops[i].text) for i in good]
+        said = [text_said(hops[i].text) for i in good]
         state = self.plan.state(
             self.embedder.one(_question(request)),
             self.embedder.one(said[-1] if said else ""),
@@ -221,7 +221,7 @@ def _question(request: Mapping[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else ""
 
 
-def _text(message: str | None) -> str:
+def text_said(message: str | None) -> str:
     """What a hop said, of the JSON it is kept as."""
     found = json.loads(message or "{}")
     content = found.get("content") if isinstance(found, dict) else None

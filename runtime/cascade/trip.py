@@ -104,7 +104,7 @@ class Trip:
 
     def best(self) -> int | None:
         """The hop to serve if no stronger member answers: the one that agrees with itself most."""
-        there = [i for i, hop in enumerate(self.hops) if hop.ok]
+        there = [i for i, hop in enumerate(self.hops) if hop.ok and not hop.check]
         return max(there, key=lambda i: self.hops[i].confidence, default=None)
 
     def report(self) -> dict[str, Any]:
