@@ -24,6 +24,7 @@ from .cli_export import export
 from .cli_judge import judge
 from .cli_router import router
 from .cli_tree import generate, train_drafter
+from .cli_unet import distill_unet, prune_unet
 from .ir.cost import cache_dir
 from .ir.errors import SkimpError
 
@@ -45,6 +46,15 @@ app.command("train-drafter", epilog="Example:  skimp train-drafter smollm2 --pro
     train_drafter
 )
 app.command(epilog="Example:  skimp export out/model --to pt2 -o encoder.pt2")(export)
+app.command(
+    "prune-unet",
+    epilog="Examples:  skimp prune-unet sdxl/ --preset koala-700m -o student;  skimp prune-unet "
+    "sdxl/ --explain;  skimp prune-unet toy --keep-params 0.4 --data openmoji",
+)(prune_unet)
+app.command(
+    "distill-unet",
+    epilog="Example:  skimp distill-unet sdxl/ student --data laion.safetensors --precision fp16",
+)(distill_unet)
 _out = Console()
 _err = Console(stderr=True)
 

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from ..ir.errors import PlanError
 from .base import first_tensor
 from .lift import drop_unused_parameters
-from .unet_graph import UNet, shape
+from .unet_graph import UNet
+from .unet_scopes import shape
 from .unet_student import sweep
 
 RANKINGS = ("cosine", "output", "attention")

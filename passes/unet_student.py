@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from ..ir.errors import PlanError, VerificationError
 from .unet_graph import UNet
 from .unet_plan import Plan
+from .unet_scopes import shape
 
 _MIDDLE = ("mid_block", "mid_block_type")  # as diffusers names them in a module and its config
 
@@ -279,7 +280,7 @@ def _difference(got: Node, want: Node, names: Provenance) -> str:
 
     def reads(node: Node) -> str:
         def channels(n: Node) -> str:
-            value = node_shape(n)
+            value = shape(n)
             return f"C({scope(n) or n.name}) = {value[1] if len(value) > 1 else value}"
 
         found = [channels(n) for n in node.all_input_nodes if n.op != "get_attr"]
@@ -291,9 +292,3 @@ def _difference(got: Node, want: Node, names: Provenance) -> str:
         f"{got.target} on {reads(got)}; the plan runs {want.target} on {reads(want)}. It was "
         "edited by hand, or its code pairs skips in another way; let prune-unet make it."
     )
-
-
-def node_shape(node: Node) -> tuple[int, ...]:
-    """Of a node's tensor."""
-    value = node.meta.get("val")
-    return tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
