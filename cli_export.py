@@ -35,10 +35,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a converted model for a life outside Python, compare it with the model, and report."""
+    from .runtime.export import check_door, suffix_of
     from .runtime.export import dry_run as plan
     from .runtime.export import export as run
-    from .runtime.export import suffix_of
 
+    check_door(to)
     loaded, example = _load(folder, model)
     if dry_run:
         planned = plan(loaded, to, floor)

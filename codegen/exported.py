@@ -88,7 +88,7 @@ class Plain(nn.Module):
         self._leaves = [value for _, value in paths]
         self._at = [i for i, value in enumerate(self._leaves) if isinstance(value, Tensor)]
         self.names = _names([paths[i][0] for i in self._at])
-        self.example = tuple(self._leaves[i] for i in self._at)
+        self.example = tuple(self._leaves[i].contiguous() for i in self._at)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Tensors of the keyword arguments, in order."""
@@ -107,6 +107,7 @@ def capture(
     model: nn.Module,
     example: Mapping[str, Any],
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
+    floor: float = 0.0,
 ) -> Program:
     """Capture a converted model.
 
@@ -117,17 +118,21 @@ def capture(
         dynamic_shapes: Free dimensions by input name, as :func:`torch.export.export` takes them;
             by default the first of every tensor, and the second of integers, where the model
             allows it.
+        floor: Least share of FLOPs in converted blocks.
 
     Raises:
-        ExportError: There is no block, or the model cannot be captured.
+        ExportError: There is no block, too few of them, or the model cannot be captured.
     """
     if not blocks(model):
         raise ExportError(
             f"{type(model).__name__} holds no converted block, so there is nothing of skimp to "
             "export; convert it first, or use torch.export and torch.onnx.export themselves"
         )
+    share = coverage(model)
+    check_floor(share, floor)
     plain = Plain(model, example).eval()
-    outputs, expected = run_model(model, example)
+    named, expected = run_model(model, example)
+    outputs = tuple(f"{n}_out" if n in plain.names else n for n in named)
     if dynamic_shapes is None:
         given: dict[str, Any] = {
             n: _free(t) for n, t in zip(plain.names, plain.example, strict=True)
@@ -151,9 +156,7 @@ def capture(
         for name, v in zip(plain.names, values, strict=True)
     }
     taus = {name: f"model.{name}.tau" for name in blocks(model)}
-    return Program(
-        program, plain.names, outputs, plain.example, expected, taus, free, coverage(model)
-    )
+    return Program(program, plain.names, outputs, plain.example, expected, taus, free, share)
 
 
 def _free(tensor: Tensor) -> dict[int, Any]:
@@ -204,20 +207,25 @@ def differences(
     return result
 
 
-def check_floor(
-    errors: Mapping[str, Mapping[str, float]], tolerance: float, share: float, floor: float
-) -> None:
-    """Refuse an artefact that is not worth having.
+def check_floor(share: float, floor: float) -> None:
+    """Refuse a model that is not worth an artefact.
 
     Raises:
-        ExportError: An output differs by more than ``tolerance``, relatively, or less than
-            ``floor`` of the FLOPs are in converted blocks.
+        ExportError: Less than ``floor`` of the FLOPs are in converted blocks.
     """
     if share < floor:
         raise ExportError(
             f"only {share:.1%} of the FLOPs are in converted blocks, less than the floor of "
             f"{floor:.1%}; convert more of the model (projections), or lower the floor"
         )
+
+
+def check_errors(errors: Mapping[str, Mapping[str, float]], tolerance: float) -> None:
+    """Refuse an artefact that is not the model.
+
+    Raises:
+        ExportError: An output differs by more than ``tolerance``, relatively.
+    """
     for name, e in errors.items():
         if not e["relative"] <= tolerance:
             raise ExportError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ir.errors import ArtefactError, ExportError
 from .cpp.bundle import check_machine
 from .cpp.spec import detect_isa
-from .exported import Report, capture, check_floor, differences, first_line
+from .exported import Report, capture, check_errors, differences, first_line
 from .loaded import Loaded, append, read
 from .mlir import lower, needs, to_module
 
@@ -47,8 +47,7 @@ def export_iree(
     """
     needs("torch_mlir", "iree.compiler", "iree.runtime")
     path = Path(path)
-    captured = capture(model, example, dynamic_shapes)
-    check_floor({}, tolerance, captured.coverage, floor)
+    captured = capture(model, example, dynamic_shapes, floor)
     module = to_module(lower(captured), captured.taus, "linalg-on-tensors")
     index = {
         "format": "skimp-iree",
@@ -68,7 +67,7 @@ def export_iree(
             append(draft, index)
             got = IreeModule(draft).run(dict(zip(captured.inputs, captured.example, strict=True)))
             errors = differences(captured.outputs, captured.expected, got)
-            check_floor(errors, tolerance, captured.coverage, floor)
+            check_errors(errors, tolerance)
             size = draft.stat().st_size
             os.replace(draft, path)
     except OSError as error:
@@ -132,7 +131,7 @@ class IreeModule(Loaded):
     def run(self, named: Mapping[str, Tensor]) -> list[Tensor]:
         """From inputs by name to the outputs, in order."""
         tensors = [*self._given.values(), *(named[n] for n in self.inputs)]
-        got = self._main(*(t.detach().numpy() for t in tensors))
+        got = self._main(*(t.detach().contiguous().numpy() for t in tensors))
         outputs = got if isinstance(got, tuple | list) else [got]
         return [torch.from_numpy(o.to_host().copy()) for o in outputs]
 

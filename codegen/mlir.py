@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.errors import ExportError
 from ..ir.op import hidden, select
-from .exported import Program, Report, capture, check_floor, differences
+from .exported import Program, Report, capture, check_errors, differences
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RAW = ".raw.mlir"
@@ -166,7 +166,7 @@ def check_lowered(captured: Program, program: ExportedProgram, tolerance: float)
     with torch.no_grad():
         got = program.module()(*captured.example)
     errors = differences(captured.outputs, captured.expected, got)
-    check_floor(errors, tolerance, captured.coverage, 0.0)
+    check_errors(errors, tolerance)
     return errors
 
 
@@ -207,8 +207,7 @@ def export_mlir(
     """
     needs("torch_mlir")
     path = Path(path)
-    captured = capture(model, example, dynamic_shapes)
-    check_floor({}, tolerance, captured.coverage, floor)
+    captured = capture(model, example, dynamic_shapes, floor)
     program = lower(captured)
     errors = check_lowered(captured, program, tolerance)
     try:

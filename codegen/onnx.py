@@ -22,7 +22,7 @@ from ..ir.cost import write_atomically
 from ..ir.errors import ExportError
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import detect_isa
-from .exported import Program, Report, capture, check_floor, differences, first_line
+from .exported import Program, Report, capture, check_errors, differences, first_line
 from .ort import Session, digest, specs_of
 
 VERSION, OPSET = 1, 18
@@ -155,10 +155,8 @@ def to_model(captured: Program, opset: int = OPSET) -> Any:
     """An ``onnx.ModelProto`` of a captured model.
 
     Raises:
-        ExportError: An opset that the functions are not written in, or an operator that ONNX lacks.
+        ExportError: An operator, or an opset, that the exporter lacks.
     """
-    if opset < OPSET:
-        raise ExportError(f"opset {opset} is too old: the smallest that is written is {OPSET}")
     used: set[tuple[str, bool]] = set()
     try:
         made = torch.onnx.export(
@@ -246,9 +244,10 @@ def export_onnx(
         raise ExportError(
             f"ONNX needs `pip install onnx onnxruntime onnxscript`: {error}"
         ) from None
+    if opset < OPSET:
+        raise ExportError(f"opset {opset} is too old: the smallest that is written is {OPSET}")
     path = Path(path)
-    captured = capture(model, example, dynamic_shapes)
-    check_floor({}, tolerance, captured.coverage, floor)
+    captured = capture(model, example, dynamic_shapes, floor)
     proto = to_model(captured, opset)
     data = path.with_name(f"{path.name}.data")
     try:
@@ -267,7 +266,7 @@ def export_onnx(
             for kernels in (False, True)[: 1 + native]:
                 got = Session(draft, native=kernels).run(inputs)
                 errors = differences(captured.outputs, captured.expected, got)
-                check_floor(errors, tolerance, captured.coverage, floor)
+                check_errors(errors, tolerance)
             if native:
                 library = compile_operators(specs_of(proto)).read_bytes()
                 write_atomically(path.with_name(f"{path.name}.so"), library)

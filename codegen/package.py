@@ -28,7 +28,7 @@ from .exported import (
     Metric,
     Report,
     capture,
-    check_floor,
+    check_errors,
     differences,
     first_line,
     run_model,
@@ -125,8 +125,7 @@ def export_pt2(
     path = Path(path)
     if path.suffix != ".pt2":
         raise ExportError(f"{path} must end in .pt2")
-    captured = capture(model, example, dynamic_shapes)
-    check_floor({}, tolerance, captured.coverage, floor)
+    captured = capture(model, example, dynamic_shapes, floor)
     lowering = _Bundle()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +158,7 @@ def export_pt2(
             loaded = load_pt2(draft)
             got = loaded.run(dict(zip(captured.inputs, captured.example, strict=True)))
             errors = differences(captured.outputs, captured.expected, got)
-            check_floor(errors, tolerance, captured.coverage, floor)
+            check_errors(errors, tolerance)
             size = draft.stat().st_size
             os.replace(draft, path)
     except OSError as error:
@@ -202,7 +201,8 @@ class Package(Loaded):
 
     def run(self, named: Mapping[str, Tensor]) -> list[Tensor]:
         """From inputs by name to the outputs, in order."""
-        return list(self._model.loader.run([named[n] for n in self.inputs]))
+        # the code was compiled for the strides of the example, and does not look
+        return list(self._model.loader.run([named[n].contiguous() for n in self.inputs]))
 
     def turn(self, thresholds: Mapping[str, Tensor]) -> None:
         """Set thresholds, 0-d float32, by their names in the package."""

@@ -57,6 +57,7 @@ def export(
         ExportError: It cannot be exported, or the result is not within the bounds.
     """
     door = to or door_of(Path(path))
+    check_door(door)
     common: dict[str, Any] = dict(dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor)
     if door == "pt2":
         from ..codegen.package import export_pt2
@@ -74,9 +75,17 @@ def export(
         from ..codegen.iree import export_iree
 
         return export_iree(model, example, path, **common)
-    if door == "safetensors":
-        return _export_folder(model, example, Path(path), tolerance, floor)
-    raise ExportError(f"there is no door {door!r}; there are {', '.join(DOORS)}")
+    return _export_folder(model, example, Path(path), tolerance, floor)
+
+
+def check_door(door: str) -> None:
+    """Refuse what is not one of :data:`DOORS`.
+
+    Raises:
+        ExportError: It is none.
+    """
+    if door not in DOORS:
+        raise ExportError(f"there is no door {door!r}; there are {', '.join(DOORS)}")
 
 
 RUNTIMES = {
@@ -95,13 +104,12 @@ def dry_run(model: nn.Module, to: str, floor: float = 0.0) -> dict[str, Any]:
     Raises:
         ExportError: It would be refused.
     """
-    if to not in DOORS:
-        raise ExportError(f"there is no door {to!r}; there are {', '.join(DOORS)}")
+    check_door(to)
     found = blocks(model)
     if not found:
         raise ExportError("the model holds no converted block; convert it first")
     share = coverage(model)
-    check_floor({}, 0.0, share, floor)
+    check_floor(share, floor)
     dense = sum(b.dense for b in found.values())
     return {
         "door": to, "coverage": share, "blocks": len(found), "dense": dense,
@@ -120,7 +128,7 @@ def _export_folder(
             "there is skimp.save_pretrained"
         )
     share = coverage(model)
-    check_floor({}, tolerance, share, floor)
+    check_floor(share, floor)
     save(model, path, example)
     names, want = run_model(model, example)
     errors = differences(names, want, run_model(_reader(path, model), example)[1])

@@ -10,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # for models.py
 
 @pytest.fixture(scope="session")
 def small():
-    """A converted encoder of two layers; tests set the thresholds that they need."""
+    """A model with one block; tests set the thresholds that they need."""
     pytest.importorskip("transformers")
-    from models import small_bert
+    from models import Tiny
 
-    return small_bert()
+    return Tiny().eval()
 
 
 @pytest.fixture(scope="session")

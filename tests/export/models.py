@@ -5,6 +5,7 @@ import copy
 import skimp
 import torch
 import transformers as hf
+from skimp.ir.block import DynkFFN
 from skimp.passes.base import Context
 from skimp.passes.convert import prepare
 from skimp.passes.project import Project
@@ -29,6 +30,47 @@ def converted(model, inputs, tau=0.3, **sizes):
     gm = Project(tokens=0).run(gm, Context(copy.deepcopy(gm), [inputs], [inputs])).gm
     skimp.set_tau(gm, tau)
     return gm
+
+
+class Tiny(torch.nn.Module):
+    """Embeddings, a block, and a mask: quick through every door."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(64, 16)
+        w_in, w_out = torch.randn(24, 16), torch.randn(24, 16)
+        sizes = dict(expert_size=4, act="relu", router_width=4)
+        self.block = DynkFFN(w_in, torch.randn(24), None, None, w_out, torch.randn(16), **sizes)
+        self.out = torch.nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask):
+        y = self.out(self.block(self.embed(input_ids))) * attention_mask.unsqueeze(-1)
+        return {"last_hidden_state": y, "mean": y.mean(1)}
+
+
+def small_llama(tau=0.3):
+    """A decoder with one layer, as it leaves Python."""
+    from skimp.runtime.cached import CachedStep
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, intermediate_size=48, initializer_range=0.3,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).eval()
+    gm = converted(model, ids(), tau, expert_size=4, router_width=4)
+    return CachedStep(skimp.graft(gm, model, ids()))
+
+
+def smollm2(tau=0.3):
+    """The embedded decoder, networks and projections converted, as it leaves Python."""
+    from skimp.runtime.cached import CachedStep
+    from skimp.runtime.models import load_pretrained
+
+    model = load_pretrained("smollm2").model
+    gm = converted(model, ids(), tau)
+    return CachedStep(skimp.graft(gm, model, ids()))
 
 
 def small_bert(tau=0.3):

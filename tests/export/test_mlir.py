@@ -1,11 +1,8 @@
 """MLIR text of a small block, and an IREE module in a process that has neither torch nor skimp."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import skimp
 import torch
@@ -19,25 +16,8 @@ from torch import nn
 pytest.importorskip("torch_mlir")
 pytest.importorskip("iree.compiler")
 from archives import rewritten
-from models import SHAPES, ids, minilm
-
-FRESH = """
-import json, sys, zipfile
-import numpy as np
-from iree import runtime
-index = json.loads(zipfile.ZipFile(sys.argv[1]).read("skimp/index.json"))
-context = runtime.SystemContext(config=runtime.Config("local-sync"))
-code = open(sys.argv[1], "rb").read()
-context.add_vm_module(runtime.VmModule.copy_buffer(context.instance, code))
-cases = np.load(sys.argv[2])
-for i in range(int(cases["count"])):
-    taus = [cases[f"tau{i}"]] * len(index["taus"])
-    got = context.modules.module.main(*taus, *(cases[f"{n}{i}"] for n in index["inputs"]))
-    got = (got[0] if isinstance(got, (list, tuple)) else got).to_host()
-    want = cases[f"want{i}"]
-    assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), (i, want.shape)
-assert "torch" not in sys.modules and "skimp" not in sys.modules
-"""
+from fresh import check_fresh
+from models import SHAPES
 
 
 class One(nn.Module):
@@ -92,28 +72,11 @@ def test_the_text_of_a_block(one, tmp_path):
     check_golden(raw, "raw")
 
 
-def run_fresh(model, path, taus, inputs, tmp_path):
-    arrays, i = {}, 0
-    for tau in taus:
-        skimp.set_tau(model, tau)
-        for kwargs in inputs:
-            got = model(**kwargs)
-            want = got if isinstance(got, torch.Tensor) else got[0]
-            arrays |= {f"{n}{i}": v.numpy() for n, v in kwargs.items()}
-            arrays |= {f"want{i}": want.numpy(), f"tau{i}": np.float32(tau)}
-            i += 1
-    np.savez(tmp_path / "cases.npz", count=i, **arrays)
-    command = [sys.executable, "-I", "-c", FRESH, str(path), str(tmp_path / "cases.npz")]
-    got = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert got.returncode == 0, got.stderr
-
-
-@torch.no_grad()
 def test_a_fresh_process_over_five_shapes_and_three_thresholds(one, vmfb, tmp_path):
     model, path = one[0], vmfb[0]
     g = torch.Generator().manual_seed(1)
     inputs = [{"x": torch.randn(*shape, 4, generator=g)} for shape in SHAPES]
-    run_fresh(model, path, [0.0, 0.6, 0.9], inputs, tmp_path)
+    check_fresh("iree", model, path, [(t, x) for t in (0.0, 0.9) for x in inputs], tmp_path)
     skimp.set_tau(model, 0.6)
 
 
@@ -133,22 +96,6 @@ def test_a_loaded_module_is_called_like_the_model(one, vmfb):
     assert not torch.allclose(outputs[1], outputs[2], atol=1e-2)  # the knob does something
     with pytest.raises(ValueError, match="x missing"):
         loaded(y=example["x"])
-
-
-@pytest.mark.nightly
-@torch.no_grad()
-def test_a_small_encoder(small, tmp_path):
-    report = skimp.export(small, ids(), tmp_path / "m.vmfb")
-    assert all(dims == [0, 1] for dims in report.free.values())
-    run_fresh(small, tmp_path / "m.vmfb", [0.3, 0.9], [ids(*s) for s in SHAPES], tmp_path)
-
-
-@pytest.mark.nightly
-@torch.no_grad()
-def test_minilm_with_its_projections(tmp_path):
-    model, path = minilm(tau=0.3), tmp_path / "m.vmfb"
-    assert skimp.export(model, ids(), path).blocks == 30
-    run_fresh(model, path, [0.3, 0.8], [ids(*s) for s in SHAPES], tmp_path)
 
 
 def test_damage_of_any_kind(vmfb, tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -16,18 +14,8 @@ from torch import nn
 
 pytest.importorskip("transformers")
 from archives import rewritten
-from models import SHAPES, ids, minilm
-
-FRESH = """
-import sys, torch
-from skimp.codegen.package import load_pt2
-package, cases = load_pt2(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)
-assert "transformers" not in sys.modules
-for tau, inputs, want in cases:
-    package.set_tau(tau)
-    got = package(**inputs)[package.outputs[0]]
-    assert (got - want).norm() <= 1e-4 * want.norm(), (tau, inputs["input_ids"].shape)
-"""
+from fresh import check_fresh
+from models import SHAPES, ids
 
 
 @pytest.fixture
@@ -36,42 +24,28 @@ def made(small, pt2):
     return small, *pt2
 
 
-def run_fresh(path, cases, tmp_path):
-    torch.save(cases, tmp_path / "cases.pt")
-    command = [sys.executable, "-c", FRESH, str(path), str(tmp_path / "cases.pt")]
-    got = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert got.returncode == 0, got.stderr
-
-
-@pytest.mark.nightly
-@torch.no_grad()
-def test_minilm_with_its_projections(tmp_path):
-    model, path = minilm(), tmp_path / "minilm.pt2"
-    report = skimp.export(model, ids(), path)
-    assert report.blocks == 6 * 5
-    cases = []
-    for shape in SHAPES:
-        cases.append((0.3, ids(*shape), model(**ids(*shape))[0]))
-    skimp.set_tau(model, 0.8)
-    cases.append((0.8, ids(2, 5), model(**ids(2, 5))[0]))
-    run_fresh(path, cases, tmp_path)
-
-
-@torch.no_grad()
 def test_a_fresh_process_gives_the_same_over_five_shapes_and_three_thresholds(made, tmp_path):
     model, path, report = made
-    assert report.blocks == 5
+    assert report.blocks == 1
     assert report.coverage > 0.5
     assert all(dims == [0, 1] for dims in report.free.values())
     assert max(e["relative"] for e in report.errors.values()) <= 1e-4
-    cases, outputs = [], []
-    for tau in (0.0, 0.3, 0.9):
+    cases = [(tau, ids(*shape)) for tau in (0.0, 0.3, 0.9) for shape in SHAPES]
+    check_fresh("pt2", model, path, cases, tmp_path)
+
+
+@torch.no_grad()
+def test_a_loaded_package_is_called_like_the_model(made):
+    model, path, _ = made
+    loaded, outputs = skimp.load(path), []
+    for tau in (0.3, 0.9):
+        loaded.set_tau(tau)
         skimp.set_tau(model, tau)
-        for shape in SHAPES:
-            cases.append((tau, ids(*shape), model(**ids(*shape))[0]))
-        outputs.append(cases[-1][2])
-    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)  # the knob does something
-    run_fresh(path, cases, tmp_path)
+        # strides other than those of the example, which compiled code does not look at
+        inputs = {n: t.T.contiguous().T for n, t in ids(4, 7).items()}
+        outputs.append(loaded(**inputs)["last_hidden_state"])
+        assert torch.allclose(outputs[-1], model(**inputs)["last_hidden_state"], atol=1e-4)
+    assert not torch.allclose(*outputs, atol=1e-2)  # the knob does something
 
 
 def test_a_threshold_that_fits_no_block_is_refused(made):
@@ -145,15 +119,3 @@ def test_a_model_that_is_not_worth_it_leaves_what_was_there(made, tmp_path):
         skimp.export(nn.Linear(2, 2), {"input": torch.ones(2, 2)}, path)
     with pytest.raises(ExportError, match=r"must end in \.pt2"):
         skimp.export(made[0], ids(), tmp_path / "m.zip", to="pt2")
-
-
-@torch.no_grad()
-def test_a_folder_of_safetensors(made, tmp_path):
-    report = skimp.export(made[0], ids(), tmp_path / "folder")
-    assert report.door == "safetensors"
-    assert report.errors["last_hidden_state"]["max"] == 0
-    assert report.bytes > 50_000
-    with pytest.raises(ArtefactError, match="pass the model it was converted from"):
-        skimp.load(tmp_path / "folder")
-    with pytest.raises(ExportError, match="there is no door 'coreml'"):
-        skimp.export(made[0], ids(), tmp_path / "folder", to="coreml")

@@ -1,0 +1,90 @@
+"""Artefacts in a fresh process, on many inputs, against the model."""
+
+import subprocess
+import sys
+
+import numpy as np
+import skimp
+from skimp.codegen.exported import run_model, tensors_of
+
+CASES = """
+import json, sys
+import numpy as np
+path, cases = sys.argv[1], np.load(sys.argv[2])
+
+def check(run):
+    for i in range(int(cases["count"])):
+        inputs = {n.partition("<")[2]: cases[n] for n in cases.files if n.startswith(f"{i}<")}
+        outputs = run(cases[f"{i}="], inputs)
+        assert len(outputs) == sum(n.startswith(f"{i}>") for n in cases.files)
+        for j, got in enumerate(outputs):
+            want = cases[f"{i}>{j}"]
+            error = np.linalg.norm(got - want)
+            assert error <= 1e-4 * np.linalg.norm(want), (i, j, want.shape, error)
+"""
+DOORS = {
+    "pt2": """
+import torch
+from skimp.codegen.package import load_pt2
+package = load_pt2(path)
+assert "transformers" not in sys.modules
+def run(tau, inputs):
+    package.set_tau(float(tau))
+    return [y.numpy() for y in package.run({n: torch.from_numpy(x) for n, x in inputs.items()})]
+check(run)
+""",
+    "onnx": """
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+options.enable_profiling = True
+options.profile_file_prefix = path + ".profile"
+for library in sys.argv[3:]:
+    options.register_custom_ops_library(library)
+session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+names = [i.name for i in session.get_overridable_initializers()]
+taus = json.loads(session.get_modelmeta().custom_metadata_map["skimp.taus"])
+assert names == list(taus.values())
+check(lambda tau, inputs: session.run(None, inputs | dict.fromkeys(names, tau)))
+events = json.load(open(session.end_profiling()))
+ran = {e["name"] for e in events if e.get("args", {}).get("op_name", "").startswith("DynkFfn")}
+print(len({n.removesuffix("_kernel_time") for n in ran}))
+assert "torch" not in sys.modules and "skimp" not in sys.modules
+""",
+    "iree": """
+import zipfile
+from iree import runtime
+index = json.loads(zipfile.ZipFile(path).read("skimp/index.json"))
+context = runtime.SystemContext(config=runtime.Config("local-task"))
+code = runtime.VmModule.copy_buffer(context.instance, open(path, "rb").read())
+context.add_vm_module(code)
+def run(tau, inputs):
+    taus = [tau] * len(index["taus"])
+    got = context.modules.module.main(*taus, *(inputs[n] for n in index["inputs"]))
+    return [y.to_host() for y in (got if isinstance(got, (list, tuple)) else [got])]
+check(run)
+assert "torch" not in sys.modules and "skimp" not in sys.modules
+""",
+}
+
+
+def check_fresh(door, model, path, cases, tmp_path, *more):
+    """Compare every output; ``cases`` are pairs of a threshold and keyword arguments.
+
+    Returns:
+        What the process printed.
+    """
+    arrays = {}
+    for i, (tau, kwargs) in enumerate(cases):
+        skimp.set_tau(model, tau)
+        arrays |= {f"{i}<{n}": t.numpy() for n, t in tensors_of(kwargs).items()}
+        arrays |= {f"{i}>{j}": t.numpy() for j, t in enumerate(run_model(model, kwargs)[1])}
+        arrays[f"{i}="] = np.float32(tau)
+    np.savez(tmp_path / "cases.npz", count=len(cases), **arrays)
+    # isolated where it can be: no PYTHONPATH, so nothing of the source tree can be imported
+    isolated = [] if door == "pt2" else ["-I"]
+    given = [path, tmp_path / "cases.npz", *more]
+    command = [sys.executable, *isolated, "-c", CASES + DOORS[door], *map(str, given)]
+    got = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert got.returncode == 0, got.stderr
+    return got.stdout
