@@ -18,7 +18,8 @@ from skimp.runtime.cascade.embed import (
 )
 from skimp.runtime.cascade.responses import Replay, Response, ResponseCache
 from skimp.runtime.cascade.router import Plan, Router, save_router
-from skimp.runtime.cascade.router_baselines import all_ways, walk
+from skimp.runtime.cascade.router_baselines import all_ways, nearest, walk
+from skimp.runtime.cascade.router_train import leaks
 from skimp.runtime.cascade.router_world import (
     HANDOVER,
     Question,
@@ -329,3 +330,45 @@ def test_minilm_reads_meaning(monkeypatch, tmp_path):
     assert embedder.dim == 384
     assert found[0] @ found[1] > found[0] @ found[2] + 0.3
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_llmrouter_has_no_easy_gain(data):
+    """Deduplicated: neighbours are no better than the best single member, hindsight is."""
+    parts = {}
+    for name in ("train", "test"):
+        path = data / "llmrouter" / f"{name}.json"
+        if not path.exists():
+            pytest.skip(f"no {path}")
+        parts[name] = json.loads(path.read_text())
+    asked = {" ".join(r["question"].lower().split()) for r in parts["test"]}
+    fit = [r for r in parts["train"] if " ".join(r["question"].lower().split()) not in asked]
+    assert (len(fit), len(parts["test"])) == (5489, 500)
+    rows = fit[::4] + parts["test"]
+    specs = [MemberSpec(n, 1) for n in sorted(rows[0]["scores"])]
+    known = {}
+    for row in rows:
+        for name, value in row["scores"].items():
+            known[name, row["question"]] = [Response("", 0.0, score=value)]
+    questions = [
+        Question(str(i), ({"role": "user", "content": r["question"]},)) for i, r in enumerate(rows)
+    ]
+    world = World(
+        questions,
+        specs,
+        lambda member, messages: known[member, messages[0]["content"]],
+        quality="score",
+    )
+    before, after = range(len(rows) - 500), range(len(rows) - 500, len(rows))
+    seen, judged = (all_ways(world, Plan(hops=1), part) for part in (before, after))
+    single = judged.quality[:, seen.value.mean(0).argmax()].mean()
+    hindsight = judged.quality.max(1).mean()
+    texts = [questions[i].text for i in before]
+    memory = Remembered(TfIdf.fit(texts, words=800))
+    chosen = nearest(memory, world, before, after, seen.value)
+    neighbours = judged.quality[np.arange(500), chosen].mean()
+    assert single == pytest.approx(0.563, abs=5e-4)
+    assert hindsight == pytest.approx(0.743, abs=5e-4)
+    assert abs(neighbours - single) < 0.03
+    assert leaks(world, memory, before, after) < 25  # of 500, copies but for numbers included
+    again = [*after[:50], *before]
+    assert leaks(world, memory, again, after) >= 50
