@@ -11,7 +11,7 @@ from ...ir.errors import CalibrationError, SkimpError
 from .bounds import conformal_rank, exceedance_ceiling
 from .embed import Embedder, Remembered, make_embedder
 from .router import Layer, Plan, Router
-from .router_baselines import compare, play, verdict, walk
+from .router_baselines import all_ways, compare, play, verdict, walk
 from .router_world import World, distinct
 
 LEAK = 0.999
@@ -188,6 +188,7 @@ def build(
     memory = Remembered(make_embedder(embed, [world.questions[q].text for q in fit]))
     plan = scaled(world, plan, fit)
     router = train(world, plan, fit, memory, how, progress=progress)
+    all_ways(world, plan, hold)  # so that another reward finds all it may choose in the cache
     costs = sorted(_costs(world, router, hold))
     rank = conformal_rank(len(hold), bound.alpha)
     least = None if rank is None else costs[rank - 1]

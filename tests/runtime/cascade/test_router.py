@@ -84,6 +84,25 @@ def test_a_higher_price_of_cost_buys_less_until_the_cheapest_is_left(worlds):
     assert cost[-1] == pytest.approx(worlds.COSTS["writer"])
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_the_environment_is_what_gymnasium_expects(worlds, stop):
+    from gymnasium.utils.env_checker import check_env
+    from stable_baselines3.common.env_checker import check_env as sb3_check
+
+    world = worlds.world(6)
+    env = RouterEnv(world, Plan(hops=2), tfidf(world), range(6), seed=3)
+    check_env(env, skip_render_check=True)
+    sb3_check(env)
+    masked = RouterEnv(world, Plan(hops=2, stop=stop), tfidf(world), range(6), absent=0.9)
+    for seed in range(20):
+        masked.reset(seed=seed)
+        there = masked.action_masks()
+        assert there[:3].any()
+        assert not stop or not there[3]
+        masked.step(int(np.flatnonzero(there)[0]))
+        assert not stop or masked.action_masks()[3]
+
+
 def test_names_of_members_are_only_names(worlds, planned):
     """In another order the same states and rewards come up, and the same members are chosen."""
     world, router, _ = planned

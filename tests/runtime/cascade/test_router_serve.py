@@ -279,6 +279,37 @@ def test_the_commands(tmp_path):
     assert [x.gold for x in read_questions(q)][:2] == ["0", "1"]
 
 
+def test_training_from_a_cache_asks_for_what_it_lacks_alone(provider, tmp_path):
+    pytest.importorskip("sb3_contrib")
+    stub = provider()
+    member = {"url": stub.url, "retries": 0}
+    members = {n: {**member, "price": PRICES[n]} for n in ("small", "large")}
+    (tmp_path / "c.yaml").write_text(json.dumps({"members": members}))
+    prompts = [
+        {"id": i, "prompt": f"n {i} small=ok:{i if i % 2 else 99} large=ok:{i}", "answer": i}
+        for i in range(24)
+    ]
+    q, cache, out = (tmp_path / n for n in ("q.jsonl", "r.jsonl", "router.json"))
+    q.write_text("\n".join(map(json.dumps, prompts)))
+
+    def train(*more):
+        args = ["router", "train", "--prompts", q, "--replay", cache, "-o", out, *more]
+        args += ["--embed", "tfidf", "--steps", 512, "--json"]
+        done = CliRunner().invoke(app, [str(a) for a in args])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return json.loads(done.output)
+
+    first = train("--config", tmp_path / "c.yaml")
+    assert sum(stub.calls.values()) == 2 * 24 == len(cache.read_text().splitlines())
+    again = train("--config", tmp_path / "c.yaml")
+    assert sum(stub.calls.values()) == 2 * 24
+    assert again["sha256"] == first["sha256"]  # the same seed, the same policy, to the bit
+    offline = train("--lam", 0.5)
+    assert offline["against"]["singles"]["large"]["quality"]["mean"] == 1.0
+    costs = [t["against"]["singles"]["large"]["cost"]["mean"] for t in (first, offline)]
+    assert costs[0] == pytest.approx(costs[1]) == pytest.approx((11 * 3 + 7 * 15) * 1e-6)
+
+
 def test_repeated_questions_count_once():
     asked = [Question(str(i), ({"role": "user", "content": t},)) for i, t in enumerate("aba")]
     again = Question("3", ({"role": "user", "content": " A "},))
