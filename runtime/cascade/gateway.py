@@ -6,7 +6,6 @@ served whatever it says may stream; votes are kept back until they are counted.
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from ...ir.errors import SkimpError
 from .accounts import Accounts
 from .extract import Extractor, answer_of, extractor, vote
 from .ledger import Ledger
-from .member import MemberError, Reply, choice_message
+from .member import MemberError, Reply, choice_message, pause
 from .policy import Call, Hop, Policy, Serve
 from .relay import Relay, in_chunks
 from .rows import BudgetExceededError
@@ -212,7 +211,7 @@ class Gateway:
                 except MemberError as failed:
                     error = failed
                     if failed.transient and tries < entry.retries:
-                        await _pause(failed, tries)
+                        await pause(failed, tries)
                         continue
                     break
                 trip.served = name
@@ -245,7 +244,7 @@ class Gateway:
                 self.accounts.settle(trip, entry, held, error.kind, begun, request, error=error)
                 if not error.transient or tries >= entry.retries:
                     raise
-                await _pause(error, tries)
+                await pause(error, tries)
                 tries += 1
                 continue
             except BaseException as error:
@@ -281,11 +280,6 @@ def _calls(query: Query, step: Call, entry: Entry) -> list[tuple[dict[str, Any],
     if not isinstance(seed, int):
         return [(request, 1)] * step.samples
     return [({**request, "seed": seed + i}, 1) for i in range(step.samples)]
-
-
-async def _pause(error: MemberError, tries: int) -> None:
-    wait = error.retry_after if error.retry_after is not None else 0.1 * 2**tries
-    await asyncio.sleep(min(max(wait, 0.0), 2.0) * random.uniform(0.5, 1.0))
 
 
 def _status_of(error: BaseException) -> str:

@@ -383,4 +383,9 @@ class MemberJudge:
             response = await ask(self.entry, messages, params)
             self.spent += response.cost
             self.cache.put(self.entry.name, messages, params, 0, response)
+        if response.error is not None:  # an empty verdict would look like one that depends on order
+            raise CalibrationError(
+                f"the judge {self.entry.name!r} did not answer ({response.error}). What it said so "
+                "far is in the cache of responses, if there is one: run again to go on"
+            )
         return response.text

@@ -1,6 +1,8 @@
 """What the server needs of a model: complete a request, or stream it."""
 
+import asyncio
 import json
+import random
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -77,6 +79,12 @@ class Chunk:
     def of(cls, data: dict[str, Any]) -> "Chunk":
         """From an object, for members that have no bytes of their own."""
         return cls(data, to_json(data))
+
+
+async def pause(error: MemberError, tries: int) -> None:
+    """Wait before trying again: as long as was asked for, at most two seconds."""
+    wait = error.retry_after if error.retry_after is not None else 0.1 * 2**tries
+    await asyncio.sleep(min(max(wait, 0.0), 2.0) * random.uniform(0.5, 1.0))
 
 
 class Member(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.errors import CalibrationError
-from .member import MemberError, choice_message
+from .member import MemberError, choice_message, pause
 from .price import Price, most_prompt_tokens
 from .traces import MemberSpec, read_lines
 from .trip import Entry
@@ -32,7 +32,7 @@ class Response:
         score: Recorded quality in 0 to 1, if there is one.
         prompt_tokens: 0 where a sample shares its prompt with another, or they are not known.
         completion_tokens: ``None`` where they are not known.
-        failed: There was none; asked again in the next run.
+        error: Why there was none; asked again in the next run.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Response:
     score: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int | None = None
-    failed: bool = False
+    error: str | None = None
 
 
 def prompt_hash(messages: Messages) -> str:
@@ -130,7 +130,7 @@ class ResponseCache:
         prompt = prompt_hash(messages)
         key = response_key(model, prompt, params, sample)
         self._keep(key, model, params, sample, response)
-        if self.path is None or response.failed:
+        if self.path is None or response.error is not None:
             return
         row: dict[str, Any] = {"key": key, "model": model, "prompt": prompt, "params": dict(params)}
         row |= {"sample": sample, "response": asdict(response)}
@@ -213,20 +213,28 @@ def call_params(entry: Entry, samples: int) -> dict[str, Any]:
 
 
 async def ask(entry: Entry, messages: Messages, params: Mapping[str, Any]) -> Response:
-    """One sample of a member; a failure is an empty text that may have cost something."""
+    """One sample of a member, tried again where that may help.
+
+    A failure is an empty text; it and what was tried before may have cost something.
+    """
     body = {**params, "messages": [dict(m) for m in messages]}
-    try:
-        reply = await entry.member.complete("chat/completions", body)
-    except MemberError as error:
-        guess = 0 if error.free else most_prompt_tokens(body) // 4
-        return Response("", entry.price.of(guess, 0), failed=True)
+    spent = 0.0
+    for tries in range(entry.retries + 1):
+        try:
+            reply = await entry.member.complete("chat/completions", body)
+            break
+        except MemberError as error:
+            spent += 0.0 if error.free else entry.price.of(most_prompt_tokens(body) // 4, 0)
+            if not error.transient or tries == entry.retries:
+                return Response("", spent, error=f"{error.kind}: {error.message}")
+            await pause(error, tries)
     content = choice_message(reply.body["choices"][0]).get("content")
     text = content if isinstance(content, str) else json.dumps(content)
     usage = reply.usage
     tokens = most_prompt_tokens(body) // 4, len(text) // 4
     if usage is not None:
         tokens = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-    return Response(text, entry.price.of(*tokens), None, None, *tokens)
+    return Response(text, spent + entry.price.of(*tokens), None, None, *tokens)
 
 
 def _priced(response: Response, price: Price | None) -> Response:

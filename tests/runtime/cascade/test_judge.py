@@ -408,3 +408,18 @@ def test_the_command_with_a_weak_local_judge(tmp_path):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     assert command(tmp_path, "")["cost"] == 0.0
+
+
+def test_a_judge_that_is_down_is_no_verdict(provider):
+    stub = provider()
+    entry = Entry("j", Endpoint(stub.url, "j"), Price(1.0, 2.0), retries=1)
+
+    async def work(text):
+        try:
+            return await Judge(MemberJudge(entry)).judge([Pair("1", text, "a", "b")])
+        finally:
+            await entry.member.close()
+
+    with pytest.raises(CalibrationError, match="did not answer \\(500"):
+        asyncio.run(work("j=500"))
+    assert stub.calls["j"] >= 2  # it was asked again first

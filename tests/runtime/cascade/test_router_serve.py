@@ -230,7 +230,7 @@ def test_nothing_is_paid_for_twice(tmp_path):
 
 def test_failures_are_not_remembered_on_disk(tmp_path):
     cache = ResponseCache(tmp_path / "r.jsonl")
-    cache.put("m", [], {}, 0, Response("", 0.0, failed=True))
+    cache.put("m", [], {}, 0, Response("", 0.0, error="500: down"))
     assert cache.get("m", [], {}, 0) is not None
     assert len(ResponseCache(tmp_path / "r.jsonl")) == 0
 
