@@ -54,8 +54,9 @@ class Checked:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The cascade's, and the judge."""
-        return tuple(dict.fromkeys((*self.inner.members, self.judge)))
+        """The judge, and the cascade's: the last of them is the one that needs no judgment."""
+        names = self.inner.members
+        return names if self.judge in names else (self.judge, *names)
 
     @property
     def extractor(self) -> str:

