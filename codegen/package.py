@@ -25,13 +25,11 @@ from .cpp.library import OPS
 from .cpp.lower import lower
 from .cpp.spec import KernelSpec, LinearSpec, detect_isa
 from .exported import (
-    Metric,
     Report,
     capture,
     check_errors,
     differences,
     first_line,
-    run_model,
 )
 from .loaded import Loaded, append, read
 from .spec import constants_of
@@ -105,7 +103,6 @@ def export_pt2(
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
     tolerance: float = 1e-4,
     floor: float = 0.0,
-    metric: Metric | None = None,
 ) -> Report:
     """Compile a converted model ahead of time.
 
@@ -116,7 +113,6 @@ def export_pt2(
         dynamic_shapes: See :func:`skimp.codegen.exported.capture`.
         tolerance: Largest relative difference of an output to the model's.
         floor: Least share of FLOPs in converted blocks.
-        metric: Of the task, if it shall be reported.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
@@ -165,16 +161,10 @@ def export_pt2(
         raise ExportError(
             f"{path} cannot be written ({error.strerror or error}); what was there is unharmed"
         ) from error
-    found = None
-    if metric is not None:
-        found = {
-            "model": metric(lambda **kwargs: run_model(model, kwargs)[1]),
-            "artefact": metric(lambda **kwargs: list(loaded(**kwargs).values())),
-        }
     runtime = f"torch {torch.__version__} (libtorch suffices, no Python), {lowering.made.isa}"
     return Report(
         "pt2", str(path), size, runtime, captured.coverage, len(captured.taus), errors,
-        captured.free, found,
+        captured.free,
     )  # fmt: skip
 
 

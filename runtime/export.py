@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from ..codegen.exported import Report, check_floor, coverage, differences, run_model
+from ..codegen.exported import Metric, Report, check_floor, coverage, differences, run_model
 from ..ir.errors import ExportError
 from ..passes.lift import blocks
 
@@ -38,6 +39,7 @@ def export(
     floor: float = 0.0,
     opset: int | None = None,
     native: bool = False,
+    metric: Metric | None = None,
 ) -> Report:
     """Write a converted model in a form that leaves Python, and compare it with the model.
 
@@ -52,12 +54,20 @@ def export(
         floor: Least share of the model's FLOPs in converted blocks.
         opset: Of ONNX; by default the smallest that is written.
         native: With ONNX, write the library of skimp's kernels beside it.
+        metric: Of the task, to be reported of the model and of the artefact, where it runs in
+            Python.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
     """
     door = to or door_of(Path(path))
     check_door(door)
+    if metric is not None:
+        report = export(
+            model, example, path, to=door, dynamic_shapes=dynamic_shapes, tolerance=tolerance,
+            floor=floor, opset=opset, native=native,
+        )  # fmt: skip
+        return _measured(report, model, metric)
     common: dict[str, Any] = dict(dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor)
     if door == "pt2":
         from ..codegen.package import export_pt2
@@ -76,6 +86,16 @@ def export(
 
         return export_iree(model, example, path, **common)
     return _export_folder(model, example, Path(path), tolerance, floor)
+
+
+def _measured(report: Report, model: nn.Module, metric: Metric) -> Report:
+    from .store import load_file
+
+    found = {"model": metric(lambda **kwargs: run_model(model, kwargs)[1])}
+    if report.door in ("pt2", "onnx", "iree"):
+        artefact = load_file(report.file, report.door)
+        found["artefact"] = metric(lambda **kwargs: list(artefact(**kwargs).values()))
+    return replace(report, metric=found)
 
 
 def check_door(door: str) -> None:

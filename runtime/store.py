@@ -54,18 +54,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | L
     Raises:
         ArtefactError: A damaged or foreign file, or another architecture.
     """
-    if Path(folder).suffix == ".pt2":
-        from ..codegen.package import load_pt2
-
-        return load_pt2(folder)
-    if Path(folder).suffix == ".onnx":
-        from ..codegen.ort import Session
-
-        return Session(folder)
-    if Path(folder).suffix == ".vmfb":
-        from ..codegen.iree import IreeModule
-
-        return IreeModule(folder)
+    if door := _DOORS.get(Path(folder).suffix):
+        return load_file(folder, door)
     if model is None:
         raise ArtefactError(f"{folder} holds weights only: pass the model it was converted from")
     index = artefact.read_index(Path(folder))
@@ -77,6 +67,24 @@ def load(folder: str | Path, model: nn.Module | None = None) -> "GraphModule | L
     artefact.read_into(Path(folder), gm)
     gm.meta["skimp.pipeline"] = record.get("pipeline", "")
     return gm
+
+
+_DOORS = {".pt2": "pt2", ".onnx": "onnx", ".vmfb": "iree"}
+
+
+def load_file(path: str | Path, door: str) -> "Loaded":
+    """Load what :func:`skimp.export` wrote as ``pt2``, ``onnx`` or ``iree``, whatever its name."""
+    if door == "pt2":
+        from ..codegen.package import load_pt2
+
+        return load_pt2(path)
+    if door == "onnx":
+        from ..codegen.ort import Session
+
+        return Session(path)
+    from ..codegen.iree import IreeModule
+
+    return IreeModule(path)
 
 
 def spec_of(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,15 +54,20 @@ def check_step(door, step, tmp_path):
     return export_and_check(door, step, example, shapes, cases, tmp_path)
 
 
-def test_a_step_of_a_small_decoder_in_onnx(tmp_path):
-    report = check_step("onnx", small_llama(), tmp_path)
+@pytest.fixture(scope="module")
+def llama():
+    return small_llama()
+
+
+def test_a_step_of_a_small_decoder_in_onnx(llama, tmp_path):
+    report = check_step("onnx", llama, tmp_path)
     assert report.blocks == 3
     assert report.free["past_0_1"] == [0, 2]
 
 
 @torch.no_grad()
-def test_steps_are_the_model():
-    step = small_llama()
+def test_steps_are_the_model(llama):
+    step = llama
     tokens = ids(2, 9)["input_ids"]
     whole = step.model(tokens).logits
     first = step(tokens[:, :5], torch.ones(2, 5, dtype=torch.long))
@@ -73,8 +78,8 @@ def test_steps_are_the_model():
 @pytest.mark.nightly
 @pytest.mark.parametrize("door", FILES)
 @pytest.mark.parametrize("check", [check_prompt, check_step])
-def test_a_small_decoder(door, check, tmp_path):
-    assert check(door, small_llama(), tmp_path).blocks == 3
+def test_a_small_decoder(llama, door, check, tmp_path):
+    assert check(door, llama, tmp_path).blocks == 3
 
 
 @pytest.mark.nightly

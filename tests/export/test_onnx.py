@@ -58,7 +58,8 @@ def test_large_weights_lie_beside(small, onnx_file, tmp_path, monkeypatch):
     monkeypatch.setattr(door, "LARGE", 0)
     monkeypatch.setattr(door, "to_model", lambda *_: onnx.load(onnx_file[0]))  # made already
     path = tmp_path / "m.onnx"
-    report = skimp.export(small, ids(), path)
+    report = skimp.export(small, ids(), path, metric=lambda run: float(run(**ids())[0].mean()))
+    assert report.metric["artefact"] == pytest.approx(report.metric["model"], rel=1e-4)
     beside = tmp_path / "m.onnx.data"
     assert report.bytes == path.stat().st_size + beside.stat().st_size
     assert beside.stat().st_size > 5000
