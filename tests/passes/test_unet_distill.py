@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parent))
-from unets import sdxl
+from unets import two
 
 
 @pytest.fixture(scope="module")
 def pair():
     """A teacher of few layers, its student, and a call; from one capture."""
     torch.manual_seed(0)
-    teacher = sdxl(depths=(1, 1, 2))
+    teacher = two()
     example = example_of(teacher, length=3)
     gm = export_unet(teacher, example)
     how = PruneUNet(preset="koala-700m")
@@ -43,7 +43,7 @@ def test_the_ways_to_align_differ_in_the_layer_only(pair):
     changed = {s for s in bottom if bottom[s] != up[s]}
     assert changed
     assert all(bottom[s].replace("former_blocks.0.", "former_blocks.1.") == up[s] for s in changed)
-    assert len(pairs(made, taps="last")) == 6  # three stages down and three up, no middle left
+    assert len(pairs(made, taps="last")) == 4  # two stages down and two up, no middle left
     assert pairs(made, taps="none") == {}
     with pytest.raises(PlanError, match="none of bottom, up, kept"):
         DistillUNet(aligned="middle")

@@ -25,6 +25,15 @@ def sdxl(width=8, depths=(1, 1, 2), small=True, **more):
     return UNet2DConditionModel(**options).eval()
 
 
+def two(width=8, **more):
+    """Two resolutions, one with attention, one step of each stage: the least that has it all."""
+    return sdxl(
+        depths=(1, 2), block_out_channels=(width, 2 * width), attention_head_dim=(1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **more,
+    )  # fmt: skip
+
+
 def sd1(width=8):
     """The layout of Stable Diffusion 1.x: four resolutions, no attention at the lowest."""
     from diffusers import UNet2DConditionModel
