@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.errors import ArtefactError
+from ..ir.errors import MALFORMED, ArtefactError
 from .exported import tensors_of
 
 INDEX = "skimp/index.json"  # not under extra/, which torch reads as text
@@ -92,6 +93,6 @@ def read(path: Path, version: int) -> tuple[dict[str, Any], dict[str, bytes]]:
                 raise ArtefactError(f"{path} is damaged at {bad}; export the model again")
     except FileNotFoundError as error:
         raise ArtefactError(f"{path} does not exist") from error
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, EOFError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, *MALFORMED) as error:
         raise ArtefactError(f"{path} is damaged or truncated ({error}); export it again") from error
     return index, files

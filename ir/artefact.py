@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .block import DynkFFN, Projection
 from .cost import write_atomically
-from .errors import ArtefactError
+from .errors import MALFORMED, ArtefactError
 
 VERSION = 1
 INDEX = "skimp.json"
@@ -91,7 +91,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ArtefactError(f"{folder} holds no {INDEX}, so no converted model") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict) or index.get("format") != "skimp":
         raise ArtefactError(f"{path} was not written by skimp")
@@ -112,10 +112,18 @@ def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
     Raises:
         ArtefactError: A damaged artefact, or one of another model.
     """
+    index = read_index(folder)
+    try:
+        return _fill(folder, index, model)
+    except (RuntimeError, *MALFORMED) as error:  # torch's, of sizes that no tensor has
+        what = f"{type(error).__name__}: {error}"
+        raise ArtefactError(f"{folder / INDEX} is not as skimp writes it ({what})") from error
+
+
+def _fill(folder: Path, index: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    index = read_index(folder)
     path = folder / Path(str(index["weights"])).name
     try:
         data = path.read_bytes()
@@ -138,10 +146,7 @@ def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
     for name, settings in index["blocks"].items():
         block = found[name]
         if isinstance(block, Projection):
-            try:
-                block = _in_place_of(block, name, state, settings)
-            except KeyError as error:
-                raise ArtefactError(f"{folder} does not hold {error} of a block") from error
+            block = _in_place_of(block, name, state, settings)
             model.set_submodule(name, block)
         block.act, block.dense = str(settings["act"]), bool(settings["dense"])
         block.expert_size = int(settings["expert_size"])

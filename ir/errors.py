@@ -43,3 +43,7 @@ class ExportError(SkimpError):
 
 class PlanError(SkimpError):
     """A removal from a U-Net that is not legal, or that no configuration can say."""
+
+
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What comes of reading a file as something that it is not; readers make an error of ours of it."""

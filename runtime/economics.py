@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.errors import SkimpError
+from ..ir.errors import MALFORMED, SkimpError
 from .cascade.price import Price
 
 HOURS_PER_YEAR = 8760
@@ -268,7 +268,7 @@ def read_sweep(path: Path) -> tuple[dict[str, Any], list[Level]]:
             Level(**{**row, "ttft": tuple(row["ttft"]), "seconds": tuple(row["seconds"])})
             for row in record["levels"]
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise EconomicsError(f"{path} cannot be read as a sweep: {error}") from error
     return record, levels
 
@@ -334,7 +334,7 @@ def _points_in(
             | ({"latency": float(r["latency"])} if "latency" in r else {})
             for r in read
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise EconomicsError(
             f"{path} is neither a sweep nor a list of name, cost and quality: {error!r}"
         ) from error

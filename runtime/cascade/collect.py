@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...ir.errors import CalibrationError
+from ...ir.errors import MALFORMED, CalibrationError
 from .member import MemberError, choice_message
 from .price import most_prompt_tokens
 from .traces import MemberSpec, read_lines
@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             messages = row.get("messages") or [{"role": "user", "content": str(text)}]
             if text is None and "messages" not in row:
                 raise ValueError("neither `prompt` nor `messages`")
-        except (ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise CalibrationError(f"{path}, line {at}: {error}") from error
         prompts.append({"id": str(row.get("id", at)), "messages": messages})
     return prompts
@@ -130,5 +130,5 @@ def _done(out: Path) -> set[str]:
             file.truncate(len(whole))
     try:
         return {str(json.loads(line)["id"]) for line in whole.splitlines() if line.strip()}
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise CalibrationError(f"{out} holds something else than traces: {error}") from error

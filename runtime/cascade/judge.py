@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...ir.cost import write_atomically
-from ...ir.errors import ArtefactError, CalibrationError
+from ...ir.errors import MALFORMED, ArtefactError, CalibrationError
 from . import judge_prompts as prompts
 from .judge_prompts import FIRST_GUIDE, LEAST, MOST, Lesson, Pair
 from .responses import Messages, ResponseCache, ask, call_params
@@ -314,7 +314,7 @@ def read_pairs(path: Path) -> tuple[list[Pair], dict[str, str]]:
                 str(row[k] if k in row else row[other])
                 for k, other in (("question", "input"), ("a", "output_1"), ("b", "output_2"))
             ]
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise CalibrationError(f"{path}, line {at}: no pair: {error!r}") from error
         pair = Pair(str(row.get("id", at)), *texts)
         pairs.append(pair)
@@ -348,10 +348,10 @@ def read_log(path: Path) -> list[Version]:
         fields = ("number", "text", "parent", "status", "pairs", "anchors")
         rows = [{k: row[k] for k in fields} for row in record["versions"]]
         found = [Version(**row | {"pairs": tuple(row["pairs"])}) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if any(v.digest != r["sha256"] for v, r in zip(found, record["versions"], strict=True)):
+            raise ArtefactError(f"{path} was changed by hand: the hash of a guide does not fit")
+    except (OSError, *MALFORMED) as error:
         raise ArtefactError(f"{path} is no log of a judge: {error!r}") from error
-    if any(v.digest != r["sha256"] for v, r in zip(found, record["versions"], strict=True)):
-        raise ArtefactError(f"{path} was changed by hand: the hash of a guide does not fit")
     return found
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...ir.cost import write_atomically
-from ...ir.errors import ArtefactError
+from ...ir.errors import MALFORMED, ArtefactError
 from .bounds import exceedance_ceiling
 from .calibrate import SKIP, Chosen, Goal
+from .drift import Drift
 from .traces import MemberSpec, Table
 
 FORMAT = "skimp-cascade-policy"
@@ -276,7 +277,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from error
     if not isinstance(record, dict) or record.get("format") not in (FORMAT, ROUTER):
         raise ArtefactError(f"{path} is no cascade policy, nor a router's")
@@ -296,11 +297,19 @@ def load_policy(path: Path, name: str = "cascade") -> Policy:
         ArtefactError: It is missing, foreign, of another version, or was changed by hand.
     """
     record = read_record(path)
-    if record["format"] == ROUTER:
-        from .router import router_of
+    try:
+        if record["format"] == ROUTER:
+            from .router import router_of
 
-        return router_of(record, path, name)
-    return cascade_of(record, name)
+            policy: Policy = router_of(record, path, name)
+        else:
+            policy = cascade_of(record, name)
+        if policy.bound is not None:
+            Drift.of(record)  # what is promised can be watched
+    except MALFORMED as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ArtefactError(f"{path} is not a policy as skimp writes it ({what})") from error
+    return policy
 
 
 def cascade_of(record: Mapping[str, Any], name: str = "cascade") -> Cascade:

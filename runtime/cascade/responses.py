@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...ir.errors import CalibrationError
+from ...ir.errors import MALFORMED, CalibrationError
 from .member import MemberError, choice_message, pause
 from .price import Price, most_prompt_tokens
 from .traces import MemberSpec, read_lines
@@ -88,7 +88,7 @@ class ResponseCache:
                 row = json.loads(line)
                 response = Response(**row["response"])
                 self._keep(row["key"], row["model"], row["params"], row["sample"], response)
-            except (ValueError, KeyError, TypeError) as error:
+            except MALFORMED as error:
                 raise CalibrationError(f"{path}, line {at}: no response: {error!r}") from error
 
     def _keep(

@@ -169,13 +169,13 @@ def _plain(text: str) -> str:
 def read_questions(path: Path) -> list[Question]:
     """Prompts as for ``skimp cascade collect``, with ``answer`` where it is known."""
     gold = []
+    prompts = read_prompts(path)
     for _, line in read_lines(path):
-        row = json.loads(line) if line.lstrip().startswith("{") else {}
+        row = json.loads(line)
         found = row.get("answer")
         if isinstance(found, str) and "####" in found:  # as GSM8K writes its solutions
             found = found.rpartition("####")[2].strip()
         gold.append(None if found is None else str(found))
-    prompts = read_prompts(path)
     return [Question(p["id"], tuple(p["messages"]), g) for p, g in zip(prompts, gold, strict=True)]
 
 

@@ -97,7 +97,7 @@ def read_traces(path: Path) -> list[dict[str, Any]]:
     for at, line in read_lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}, line {at}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("members"), dict):
             raise CalibrationError(f"{path}, line {at}: no object with `members`")
@@ -228,6 +228,8 @@ def _number(sample: Mapping[str, Any], name: str, where: str) -> Any:
         return 0
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CalibrationError(f"{where}: `{name}` is {value!r}, not a number")
+    if not abs(value) < 1e300:  # nor a whole number that no float holds
+        raise CalibrationError(f"{where}: `{name}` is not a finite number")
     return value
 
 
