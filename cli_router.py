@@ -193,6 +193,11 @@ def _show(record: dict[str, Any], path: Path) -> None:
             f"P(cost > ${record['budget']:g}) <= {record['alpha']:g} on average over calibrations; "
             f"this one vouches for {record['exceedance_ceiling']:.3f} at 90%"
         )
+    if record["verdicts"]["best-single"] != "better":
+        alone = against["best-single"]["members"][0]
+        lines.append(
+            f"not shown to be better than {alone!r} alone, and `single:{alone}` is simpler to serve"
+        )
     for line in lines:
         console.print(line, highlight=False)
     console.print(f"Policy: {path}  (sha256 {record['sha256'][:16]})", highlight=False)

@@ -266,6 +266,7 @@ def test_the_commands(tmp_path):
     shown = run("show", out)
     assert "reconstruction" in shown.output
     assert "best-single" in shown.output
+    assert "is simpler to serve" not in shown.output
     done = run(*args[:6], tmp_path / "no.json", *args[7:], "--budget", 1e-9, "--json")
     assert done.exit_code == 3
     assert not (tmp_path / "no.json").exists()
@@ -274,8 +275,10 @@ def test_the_commands(tmp_path):
     assert "nobody to ask" in str(
         run("train", "--prompts", q, "--replay", tmp_path / "none").exception
     )
-    deep = run(*args, "--hops", 2, "--stop")
+    # where cost is nothing, the strong member alone is all there is to want
+    deep = run(*args, "--hops", 2, "--stop", "--lam", 0.0)
     assert deep.exit_code == 0, deep.output
+    assert "`single:large` is simpler to serve" in " ".join(deep.output.split())
     assert [x.gold for x in read_questions(q)][:2] == ["0", "1"]
 
 
