@@ -1,8 +1,12 @@
 """What every door shares: a program from tensors to tensors, and a report of what came out."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,6 +237,35 @@ def check_errors(errors: Mapping[str, Mapping[str, float]], tolerance: float) ->
                 f"(relative; largest {e['max']:.1e}), more than {tolerance:.0e}; nothing was "
                 "written. Raise the tolerance only for storage narrower than float32."
             )
+
+
+@contextmanager
+def drafts(path: Path) -> Iterator[Path]:
+    """A folder beside a path for what shall replace it once it is complete.
+
+    Raises:
+        ExportError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written ({error.strerror or error}); what was there is unharmed"
+        ) from error
+
+
+def needs(extra: str, *packages: str) -> None:
+    """Refuse early where packages lack.
+
+    Raises:
+        ExportError: One is not installed.
+    """
+    for package in packages:
+        parts = package.split(".")
+        if any(find_spec(".".join(parts[: i + 1])) is None for i in range(len(parts))):
+            raise ExportError(f"this door needs `pip install {extra}`: there is no {package}")
 
 
 def run_model(

@@ -4,50 +4,35 @@ It is an archive, as IREE writes it, with the names of inputs and outputs in ``s
 """
 
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ir.errors import ArtefactError, ExportError
 from .cpp.bundle import check_machine
 from .cpp.spec import detect_isa
-from .exported import Report, capture, check_errors, differences, first_line
+from .exported import Program, Report, check_errors, differences, drafts, first_line, needs
 from .loaded import Loaded, append, read
-from .mlir import lower, needs, to_module
+from .mlir import lower, to_module
 
 VERSION = 1
 
 
-def export_iree(
-    model: nn.Module,
-    example: Mapping[str, Any],
-    path: str | Path,
-    *,
-    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
-    tolerance: float = 1e-4,
-    floor: float = 0.0,
-) -> Report:
+def write_iree(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
     """Compile a converted model with IREE, for the CPU at hand.
 
     Args:
-        model: With blocks, on the CPU, in evaluation mode.
-        example: Keyword arguments of one call.
+        captured: The model, on the CPU.
         path: Replaced only when the new file is complete and agrees.
-        dynamic_shapes: See :func:`skimp.codegen.exported.capture`.
         tolerance: Largest relative difference of an output to the model's.
-        floor: Least share of FLOPs in converted blocks.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
     """
-    needs("torch_mlir", "iree.compiler", "iree.runtime")
-    path = Path(path)
-    captured = capture(model, example, dynamic_shapes, floor)
     module = to_module(lower(captured), captured.taus, "linalg-on-tensors")
     index = {
         "format": "skimp-iree",
@@ -59,19 +44,15 @@ def export_iree(
         "defaults": [float(captured.program.state_dict[n]) for n in captured.taus.values()],
         "free": captured.free,
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
-            draft = Path(scratch) / "model.vmfb"
-            _compile(module, Path(scratch) / "model.mlirbc", draft)
-            append(draft, index)
-            got = IreeModule(draft).run(dict(zip(captured.inputs, captured.example, strict=True)))
-            errors = differences(captured.outputs, captured.expected, got)
-            check_errors(errors, tolerance)
-            size = draft.stat().st_size
-            os.replace(draft, path)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
+    with drafts(path) as scratch:
+        draft = scratch / "model.vmfb"
+        _compile(module, scratch / "model.mlirbc", draft)
+        append(draft, index)
+        got = IreeModule(draft).run(dict(zip(captured.inputs, captured.example, strict=True)))
+        errors = differences(captured.outputs, captured.expected, got)
+        check_errors(errors, tolerance)
+        size = draft.stat().st_size
+        os.replace(draft, path)
     return Report(
         "iree", str(path), size, f"IREE's runtime {version('iree-base-runtime')}, {detect_isa()}",
         captured.coverage, len(captured.taus), errors, captured.free, None,
@@ -106,7 +87,7 @@ class IreeModule(Loaded):
     """
 
     def __init__(self, path: str | Path) -> None:
-        needs("iree.runtime")
+        needs("iree-base-runtime", "iree.runtime")
         from iree import runtime
 
         index, _ = read(Path(path), VERSION)

@@ -7,14 +7,13 @@ network, with the neurons of experts that do not run replaced by zeros.
 
 import operator
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
@@ -22,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.errors import ExportError
 from ..ir.op import hidden, select
-from .exported import Program, Report, capture, check_errors, differences
+from .exported import Program, Report, check_errors, differences, drafts
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RAW = ".raw.mlir"
@@ -170,59 +169,29 @@ def check_lowered(captured: Program, program: ExportedProgram, tolerance: float)
     return errors
 
 
-def needs(*packages: str) -> None:
-    """Refuse early where packages lack.
-
-    Raises:
-        ExportError: One is not installed.
-    """
-    from importlib.util import find_spec
-
-    if lacking := [p for p in packages if find_spec(p) is None]:
-        raise ExportError(f"this door needs `pip install 'skimp[mlir]'`: no {', '.join(lacking)}")
-
-
-def export_mlir(
-    model: nn.Module,
-    example: Mapping[str, Any],
-    path: str | Path,
-    *,
-    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
-    tolerance: float = 1e-4,
-    floor: float = 0.0,
-) -> Report:
+def write_mlir(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
     """Write a converted model as MLIR text, twice: linalg on tensors, and with whole blocks.
 
     Args:
-        model: With blocks, on the CPU, in evaluation mode.
-        example: Keyword arguments of one call.
+        captured: The model, on the CPU.
         path: Of the text of linalg; the other, in torch's dialect with ``skimp.dynk_ffn`` as an
             opaque operator, lies beside it and ends in :data:`RAW`.
-        dynamic_shapes: See :func:`skimp.codegen.exported.capture`.
-        tolerance: Largest relative difference of an output, of what is lowered, to the model's.
-        floor: Least share of FLOPs in converted blocks.
+        tolerance: Largest relative difference of an output to the model's.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
     """
-    needs("torch_mlir")
-    path = Path(path)
-    captured = capture(model, example, dynamic_shapes, floor)
     program = lower(captured)
     errors = check_lowered(captured, program, tolerance)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
-            names = path.name, path.with_suffix("").name + RAW
-            linalg = to_module(program, captured.taus, "linalg-on-tensors")
-            raw = to_module(lower(captured, whole=True), captured.taus, "raw")
-            for name, module in zip(names, (linalg, raw), strict=True):
-                (Path(scratch) / name).write_text(str(module))
-            size = sum(f.stat().st_size for f in Path(scratch).iterdir())
-            for name in names:
-                os.replace(Path(scratch) / name, path.with_name(name))
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
+    with drafts(path) as scratch:
+        names = path.name, path.with_suffix("").name + RAW
+        linalg = to_module(program, captured.taus, "linalg-on-tensors")
+        raw = to_module(lower(captured, whole=True), captured.taus, "raw")
+        for name, module in zip(names, (linalg, raw), strict=True):
+            (scratch / name).write_text(str(module))
+        size = sum(f.stat().st_size for f in scratch.iterdir())
+        for name in names:
+            os.replace(scratch / name, path.with_name(name))
     notes = [
         f"main takes {len(captured.taus)} thresholds, then {', '.join(captured.inputs)}",
         f"{names[1]} keeps torch.skimp.dynk_ffn whole, for compilers that know it",

@@ -10,19 +10,17 @@ operator's name; biases that a block lacks are zeros. Thresholds are inputs with
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..ir.cost import write_atomically
 from ..ir.errors import ExportError
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import detect_isa
-from .exported import Program, Report, capture, check_errors, differences, first_line
+from .exported import Program, Report, check_errors, differences, drafts, first_line
 from .ort import Session, digest, specs_of
 
 VERSION, OPSET = 1, 18
@@ -208,27 +206,16 @@ def with_functions(model: Any, taus: Mapping[str, str], used: set[tuple[str, boo
     return model
 
 
-def export_onnx(
-    model: nn.Module,
-    example: Mapping[str, Any],
-    path: str | Path,
-    *,
-    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
-    tolerance: float = 1e-4,
-    floor: float = 0.0,
-    opset: int = OPSET,
-    native: bool = False,
+def write_onnx(
+    captured: Program, path: Path, tolerance: float = 1e-4, opset: int = OPSET, native: bool = False
 ) -> Report:
     """Write a converted model as ONNX.
 
     Args:
-        model: With blocks, on the CPU, in evaluation mode, float32.
-        example: Keyword arguments of one call.
+        captured: The model, on the CPU.
         path: Replaced only when the new file is complete, passes the checker and agrees. Weights
             of more than :data:`LARGE` bytes lie beside it, in a file with ``.data`` at its end.
-        dynamic_shapes: See :func:`skimp.codegen.exported.capture`.
-        tolerance: Largest relative difference of an output to the model's, in ONNX Runtime.
-        floor: Least share of FLOPs in converted blocks.
+        tolerance: Largest relative difference of an output to the model's.
         opset: Of the standard operators, at least :data:`OPSET`.
         native: Write, beside it, the library that runs its blocks on skimp's kernels, in a file
             with ``.so`` at its end, for machines like this one.
@@ -237,46 +224,34 @@ def export_onnx(
         ExportError: It cannot be exported, or the result is not within the bounds.
         CompileError: The library is asked for, and there is no C++ compiler.
     """
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise ExportError(
-            f"ONNX needs `pip install onnx onnxruntime onnxscript`: {error}"
-        ) from None
-    if opset < OPSET:
-        raise ExportError(f"opset {opset} is too old: the smallest that is written is {OPSET}")
-    path = Path(path)
-    captured = capture(model, example, dynamic_shapes, floor)
+    import onnx
+    import onnxruntime
+
     proto = to_model(captured, opset)
     data = path.with_name(f"{path.name}.data")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
-            draft = Path(scratch) / path.name
-            onnx.save_model(
-                proto,
-                draft,
-                save_as_external_data=proto.ByteSize() > LARGE,
-                location=data.name,
-                size_threshold=1024,
-            )
-            onnx.checker.check_model(str(draft), full_check=True)
-            inputs = dict(zip(captured.inputs, captured.example, strict=True))
-            for kernels in (False, True)[: 1 + native]:
-                got = Session(draft, native=kernels).run(inputs)
-                errors = differences(captured.outputs, captured.expected, got)
-                check_errors(errors, tolerance)
-            if native:
-                library = compile_operators(specs_of(proto)).read_bytes()
-                write_atomically(path.with_name(f"{path.name}.so"), library)
-            beside = Path(scratch) / data.name
-            size = sum(f.stat().st_size for f in Path(scratch).iterdir())
-            if beside.exists():
-                os.replace(beside, data)
-            os.replace(draft, path)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written ({error.strerror or error})") from error
+    with drafts(path) as scratch:
+        draft = scratch / path.name
+        onnx.save_model(
+            proto,
+            draft,
+            save_as_external_data=proto.ByteSize() > LARGE,
+            location=data.name,
+            size_threshold=1024,
+        )
+        onnx.checker.check_model(str(draft), full_check=True)
+        inputs = dict(zip(captured.inputs, captured.example, strict=True))
+        for kernels in (False, True)[: 1 + native]:
+            got = Session(draft, native=kernels).run(inputs)
+            errors = differences(captured.outputs, captured.expected, got)
+            check_errors(errors, tolerance)
+        if native:
+            library = compile_operators(specs_of(proto)).read_bytes()
+            write_atomically(path.with_name(f"{path.name}.so"), library)
+        beside = scratch / data.name
+        size = sum(f.stat().st_size for f in scratch.iterdir())
+        if beside.exists():
+            os.replace(beside, data)
+        os.replace(draft, path)
     if native:
         note = f"{path.name}.so is for register_custom_ops_library, on CPUs with {detect_isa()}"
     else:

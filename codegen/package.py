@@ -7,13 +7,12 @@ before the model. Thresholds stay constants by name, which a loaded model lets b
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
@@ -24,13 +23,7 @@ from .cpp.kernels import DTYPES
 from .cpp.library import OPS
 from .cpp.lower import lower
 from .cpp.spec import KernelSpec, LinearSpec, detect_isa
-from .exported import (
-    Report,
-    capture,
-    check_errors,
-    differences,
-    first_line,
-)
+from .exported import Program, Report, check_errors, differences, drafts, first_line
 from .loaded import Loaded, append, read
 from .spec import constants_of
 
@@ -95,72 +88,51 @@ def _specs(op: str, args: Sequence[Any]) -> list[KernelSpec | LinearSpec]:
     return [*first, KernelSpec(**constants_of(tuple(weights), size, act, DTYPES[x.dtype]), isa=isa)]
 
 
-def export_pt2(
-    model: nn.Module,
-    example: Mapping[str, Any],
-    path: str | Path,
-    *,
-    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
-    tolerance: float = 1e-4,
-    floor: float = 0.0,
-) -> Report:
+def write_pt2(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
     """Compile a converted model ahead of time.
 
     Args:
-        model: With blocks, on the CPU, in evaluation mode.
-        example: Keyword arguments of one call.
-        path: Ends in ``.pt2``; replaced only when the new file is complete and agrees.
-        dynamic_shapes: See :func:`skimp.codegen.exported.capture`.
+        captured: The model, on the CPU.
+        path: Replaced only when the new file is complete and agrees.
         tolerance: Largest relative difference of an output to the model's.
-        floor: Least share of FLOPs in converted blocks.
 
     Raises:
         ExportError: It cannot be exported, or the result is not within the bounds.
         CompileError: There is no C++ compiler.
     """
-    path = Path(path)
-    if path.suffix != ".pt2":
-        raise ExportError(f"{path} must end in .pt2")
-    captured = capture(model, example, dynamic_shapes, floor)
     lowering = _Bundle()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
-            draft = Path(scratch) / "model.pt2"
-            with torch.no_grad():
-                torch._inductor.aoti_compile_and_package(
-                    captured.program,
-                    package_path=str(draft),
-                    inductor_configs={
-                        "post_grad_custom_post_pass": lowering,
-                        "always_keep_tensor_constants": True,  # else thresholds become numbers
-                    },
-                )
-            assert lowering.made is not None
-            index = {
-                "format": "skimp-pt2",
-                "version": VERSION,
-                "torch": torch.__version__,
-                "namespace": lowering.made.namespace,
-                "library": LIBRARY,
-                "sha256": lowering.made.sha256,
-                "isa": lowering.made.isa,
-                "inputs": list(captured.inputs),
-                "outputs": list(captured.outputs),
-                "taus": captured.taus,
-                "free": captured.free,
-            }
-            append(draft, index, {LIBRARY: lowering.made.data})
-            loaded = load_pt2(draft)
-            got = loaded.run(dict(zip(captured.inputs, captured.example, strict=True)))
-            errors = differences(captured.outputs, captured.expected, got)
-            check_errors(errors, tolerance)
-            size = draft.stat().st_size
-            os.replace(draft, path)
-    except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written ({error.strerror or error}); what was there is unharmed"
-        ) from error
+    with drafts(path) as scratch:
+        draft = scratch / "model.pt2"
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                captured.program,
+                package_path=str(draft),
+                inductor_configs={
+                    "post_grad_custom_post_pass": lowering,
+                    "always_keep_tensor_constants": True,  # else thresholds become numbers
+                },
+            )
+        assert lowering.made is not None
+        index = {
+            "format": "skimp-pt2",
+            "version": VERSION,
+            "torch": torch.__version__,
+            "namespace": lowering.made.namespace,
+            "library": LIBRARY,
+            "sha256": lowering.made.sha256,
+            "isa": lowering.made.isa,
+            "inputs": list(captured.inputs),
+            "outputs": list(captured.outputs),
+            "taus": captured.taus,
+            "free": captured.free,
+        }
+        append(draft, index, {LIBRARY: lowering.made.data})
+        loaded = load_pt2(draft)
+        got = loaded.run(dict(zip(captured.inputs, captured.example, strict=True)))
+        errors = differences(captured.outputs, captured.expected, got)
+        check_errors(errors, tolerance)
+        size = draft.stat().st_size
+        os.replace(draft, path)
     runtime = f"torch {torch.__version__} (libtorch suffices, no Python), {lowering.made.isa}"
     return Report(
         "pt2", str(path), size, runtime, captured.coverage, len(captured.taus), errors,
@@ -230,4 +202,4 @@ def load_pt2(path: str | Path) -> Package:
     return Package(path, index)
 
 
-__all__ = ["Package", "export_pt2", "load_pt2"]
+__all__ = ["Package", "write_pt2", "load_pt2"]

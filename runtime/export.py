@@ -1,15 +1,25 @@
 """Every door out: ``skimp.export(model, example, "m.pt2")``."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from ..codegen.exported import Metric, Report, check_floor, coverage, differences, run_model
+from ..codegen.exported import (
+    Metric,
+    Report,
+    capture,
+    check_floor,
+    coverage,
+    differences,
+    needs,
+    run_model,
+)
 from ..ir.errors import ExportError
 from ..passes.lift import blocks
 
@@ -62,30 +72,39 @@ def export(
     """
     door = to or door_of(Path(path))
     check_door(door)
-    if metric is not None:
-        report = export(
-            model, example, path, to=door, dynamic_shapes=dynamic_shapes, tolerance=tolerance,
-            floor=floor, opset=opset, native=native,
-        )  # fmt: skip
-        return _measured(report, model, metric)
-    common: dict[str, Any] = dict(dynamic_shapes=dynamic_shapes, tolerance=tolerance, floor=floor)
+    if door == "safetensors":
+        report = _export_folder(model, example, Path(path), tolerance, floor)
+    else:
+        write = _writer(door, Path(path), opset, native)
+        captured = capture(model, example, dynamic_shapes, floor)
+        report = write(captured, Path(path), tolerance)
+    return report if metric is None else _measured(report, model, metric)
+
+
+def _writer(door: str, path: Path, opset: int | None, native: bool) -> Callable[..., Report]:
+    """What writes a door's artefacts; refuses early what cannot be."""
     if door == "pt2":
-        from ..codegen.package import export_pt2
+        from ..codegen.package import write_pt2
 
-        return export_pt2(model, example, path, **common)
+        if path.suffix != ".pt2":  # or torch refuses it, after all the work
+            raise ExportError(f"{path} must end in .pt2")
+        return write_pt2
     if door == "onnx":
-        from ..codegen.onnx import OPSET, export_onnx
+        needs("onnx onnxruntime onnxscript", "onnx", "onnxruntime", "onnxscript")
+        from ..codegen.onnx import OPSET, write_onnx
 
-        return export_onnx(model, example, path, **common, opset=opset or OPSET, native=native)
+        if opset is not None and opset < OPSET:
+            raise ExportError(f"opset {opset} is too old: the smallest that is written is {OPSET}")
+        return partial(write_onnx, opset=opset or OPSET, native=native)
+    needs("'skimp[mlir]'", "torch_mlir")
     if door == "mlir":
-        from ..codegen.mlir import export_mlir
+        from ..codegen.mlir import write_mlir
 
-        return export_mlir(model, example, path, **common)
-    if door == "iree":
-        from ..codegen.iree import export_iree
+        return write_mlir
+    needs("'skimp[mlir]'", "iree.compiler", "iree.runtime")
+    from ..codegen.iree import write_iree
 
-        return export_iree(model, example, path, **common)
-    return _export_folder(model, example, Path(path), tolerance, floor)
+    return write_iree
 
 
 def _measured(report: Report, model: nn.Module, metric: Metric) -> Report:
