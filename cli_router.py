@@ -168,8 +168,10 @@ def show(
 def _show(record: dict[str, Any], path: Path) -> None:
     against = record["against"]
     table = Table("on held-out queries", "quality", "cost", "return", "router is")
-    for name in ("router", "best-single", "best-sequence", "knn", "random", "oracle"):
-        row = against[name]
+    names = ("router", "best-single", "best-sequence", "thresholds", "knn", "random", "oracle")
+    for name in names:
+        if (row := against.get(name)) is None:
+            continue
         who = ">".join(row["members"]) if "members" in row else ""
         table.add_row(
             f"{name} {who}".strip(),

@@ -32,6 +32,7 @@ from skimp.runtime.cascade.traces import MemberSpec
 
 HERE = Path(__file__).parent
 NAMES = ("router", "best-single", "best-sequence", "knn", "random", "oracle")
+KEPT = (*NAMES, "thresholds")
 LLMROUTER_OUT = 200  # tokens of an answer, which LLMRouter does not record
 
 
@@ -167,7 +168,7 @@ def evaluate(name, seeds, quick):
         "routes": first["routes"],
         "best_single_in_hindsight": float(test.quality[:, ones].mean(0).max()),
         "one_hop_oracle": float(test.quality[:, ones].max(1).mean()),
-    } | {"against": {k: v for k, v in first["against"].items() if k in NAMES}}
+    } | {"against": {k: v for k, v in first["against"].items() if k in KEPT}}
 
 
 def sweep(quick):
@@ -220,6 +221,13 @@ def section(result):
     parts.append(table(head, rows))
     swept = [[f"{r['lam']:g}", f"{r['quality']:.3f}", f"${r['cost']:.6f}"] for r in result["sweep"]]
     parts.append(table(["lam", "quality", "mean cost"], swept))
+    climbs = ""
+    for name, found in sets.items():
+        if (row := found["against"].get("thresholds")) is not None:
+            over = found["against"]["router"]["over"]["thresholds"]
+            climbs += f"- {name}: a cascade with the thresholds that were best in training has "
+            climbs += f"{span(row['value'])}; over it the router has {span(over, '+.3f')}: "
+            climbs += f"{verdict(over)}.\n"
     real = {n: f for n, f in sets.items() if f is not sets["made up: one ordered pair"]}
     claims = []
     for n, words_for in (("best-single", "the best single member"), ("knn", "neighbours")):
@@ -232,6 +240,7 @@ def section(result):
     made, own = sets["made up: one ordered pair"], sets["llmrouter, quality alone"]
     value = {k: made["against"][k]["value"]["mean"] for k in NAMES}
     quality = made["against"]["router"]["quality"]["mean"]
+    parts[-1] += climbs
     parts[-1] += (
         f"- Made up: {value['router'] / value['oracle']:.1%} of the optimum, trained in "
         f"{made['seconds']:.0f} s. Whoever picks a single member for each question in hindsight "

@@ -3,6 +3,7 @@
 A world is small enough to be known whole: every way through it has a quality, a cost and a return.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -124,6 +125,33 @@ def nearest(
     return found
 
 
+def thresholds(world: World, plan: Plan, rows: Sequence[int]) -> tuple[float, ...] | None:
+    """The cascade of best return on some questions; ``None`` where a plan has no room for one.
+
+    Members run in order, and each is believed from some share of agreement on.
+    """
+    members = len(world.members)
+    if not plan.stop or plan.hops < members or not 1 < members < 5:
+        return None
+    order = tuple(range(members))
+    seen = [sorted({world.after(q, order[: j + 1]).confidence for q in rows}) for j in order[:-1]]
+    grid = product(*([*levels[-8:], math.inf] for levels in seen))
+
+    def value(taus: tuple[float, ...]) -> float:
+        return sum(walk(world, plan, q, climb(world, q, taus))[2] for q in rows)
+
+    return max(grid, key=value)
+
+
+def climb(world: World, q: int, taus: Sequence[float]) -> Steps:
+    """The way of a cascade with these thresholds."""
+    order = tuple(range(len(taus) + 1))
+    for j, tau in enumerate(taus):
+        if world.after(q, order[: j + 1]).confidence >= tau:
+            return order[: j + 1]
+    return order
+
+
 def compare(
     world: World,
     router: Router,
@@ -161,6 +189,9 @@ def compare(
         "knn": np.array(full)[near],
         "oracle": np.array(full)[after.value[:, full].argmax(1)],
     }
+    taus = thresholds(world, plan, train)
+    if taus is not None:
+        choices["thresholds"] = np.array([at[climb(world, q, taus)] for q in test])
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(test), (1000, len(test)))
 
@@ -187,7 +218,8 @@ def compare(
         }
     found["router"]["over"] = {
         name: interval(picked["router"]["value"] - picked[name]["value"], draws)
-        for name in ("best-single", "best-sequence", "knn", "random", "oracle")
+        for name in picked
+        if name != "router"
     }
     return found
 

@@ -18,7 +18,7 @@ from skimp.runtime.cascade.embed import (
 )
 from skimp.runtime.cascade.responses import Replay, Response, ResponseCache
 from skimp.runtime.cascade.router import Plan, Router, save_router
-from skimp.runtime.cascade.router_baselines import all_ways, nearest, walk
+from skimp.runtime.cascade.router_baselines import all_ways, climb, nearest, thresholds, walk
 from skimp.runtime.cascade.router_train import leaks
 from skimp.runtime.cascade.router_world import (
     HANDOVER,
@@ -171,7 +171,16 @@ def test_stopping_contains_the_cascade_of_c3po(gsm_traces):
         stops = world.after(q, (0,)).confidence >= 0.6
         way = (0,) if stops else (0, 1)
         assert len(way) - 1 == exits[0][q]
+        assert climb(world, q, (0.6,)) == way
         assert walk(world, plan, q, way)[1] == pytest.approx(costs[0][q], abs=1e-12)
+    # the best of all cascades, by return, is found among them
+    world_plan = Plan(hops=2, stop=True, context="question", lam=0.5, scale=0.011)
+    best = thresholds(world, world_plan, range(len(questions)))
+    value = lambda t: np.mean(  # noqa: E731
+        [walk(world, world_plan, q, climb(world, q, t))[2] for q in range(len(questions))]
+    )
+    assert value(best) >= max(value((t,)) for t in (0.2, 0.4, 0.6, 0.8, 1.0, 9.0))
+    assert thresholds(world, Plan(hops=1), range(9)) is None
 
 
 def test_nothing_is_paid_for_twice(tmp_path):
