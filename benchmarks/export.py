@@ -95,7 +95,7 @@ def measure(args):
 
 INTRO = """# Out of Python
 
-Written by `python benchmarks/export.py` from `benchmarks/results/export.json`.
+Written by `python benchmarks/export.py`.
 
 `skimp export FOLDER --to pt2|onnx|mlir|iree|safetensors`, or `skimp.export(model, example, path)`,
 writes a converted model in a form that other programs run. What is written is loaded again and
@@ -118,18 +118,23 @@ A package or a library of kernels is for processors like the one it was made on;
 instruction set refuses to load it, and says which. A damaged or truncated file is refused too.
 
 ```python
-session = skimp.load("model.onnx")          # compiles the kernels of this file, once
-session.set_tau(0.2)
+import onnxruntime
+import skimp
 
-options = onnxruntime.SessionOptions()      # the same without skimp
-options.register_custom_ops_library("model.onnx.so")
+report = skimp.export(converted, example, "model.onnx", native=True)
+session = skimp.load("model.onnx")
+session.set_tau(0.2)
+print(report.errors, session(**example).keys())
+
+options = onnxruntime.SessionOptions()  # the same without skimp
+options.register_custom_ops_library("./model.onnx.so")
 onnxruntime.InferenceSession("model.onnx", options)
 ```
 
 Decoders leave with their cache as tensors, as two programs, one for the prompt and one for the
 steps after it:
 
-```python
+```py
 from skimp.runtime.cached import CachedStep, cached_example
 step = CachedStep(skimp.graft(converted, model, example))
 for name, past in (("prompt", 0), ("step", 4)):
@@ -140,7 +145,9 @@ for name, past in (("prompt", 0), ("step", 4)):
 `AOTInductor` reads inputs by the strides of the example without looking: hand it contiguous
 tensors. `skimp.load` does so itself; a C++ program has to.
 
-## What it costs
+vLLM and SGLang find skimp by its entry points and take a folder of `skimp.save_pretrained` as one
+of their quantization methods. That is experimental: held to their interfaces, not run on a card
+yet; networks only, no tensor parallelism.
 
 """
 
@@ -168,6 +175,7 @@ def write(result):
     ]
     report = result["reports"]["pt2"]
     text = INTRO + (
+        "## What it costs\n\nFrom `benchmarks/results/export.json`. "
         f"all-MiniLM-L6-v2, float32, {result['machine']}, torch {result['torch']}. "
         f"{report['coverage']:.0%} of the FLOPs of its linear layers are in {report['blocks']} "
         f"converted blocks. It was made by `{result['pipeline']}`. How many times as fast as the "
@@ -195,6 +203,9 @@ def main():
     parser.add_argument("--shapes", type=int, default=len(SHAPES))
     parser.add_argument("--page", action="store_true", help="write the page from what is there")
     args = parser.parse_args()
+    if args.page and not args.out.exists():
+        PAGE.write_text(INTRO.rstrip() + "\n")
+        return
     result = json.loads(args.out.read_text()) if args.page else measure(args)
     if args.out == RESULT:
         write(result)

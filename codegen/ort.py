@@ -113,7 +113,7 @@ class Session(Loaded):
         if native:
             library = library or compile_operators(specs_of(model))
             try:
-                options.register_custom_ops_library(str(library))
+                options.register_custom_ops_library(str(Path(library).absolute()))
             except Exception as error:  # of no common class
                 raise ArtefactError(
                     f"the kernel library {library} cannot be registered: {first_line(error)}"

@@ -32,7 +32,16 @@ decoder = LlamaForCausalLM(LlamaConfig(**tiny)).eval()
 inputs = dict(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=4)
 module.recipe = lambda budget, **_: [  # the same passes, in seconds
     Relufy(), Sparsify(tokens=200, chunk=200), Split(), Route(tokens=200, steps=5), Budget(budget)]
-"""
+""",
+    "export.md": """
+import torch
+from skimp.passes.convert import prepare
+from transformers import BertConfig, BertModel
+tiny = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+            vocab_size=60)
+example = dict(input_ids=torch.randint(0, 60, (2, 6)))
+converted, _ = prepare(BertModel(BertConfig(**tiny)).eval(), example)
+""",
 }
 
 
