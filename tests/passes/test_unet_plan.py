@@ -11,6 +11,7 @@ from skimp.passes.prune_unet import PruneUNet, example_of, prune
 from skimp.passes.unet_distill import DistillUNet
 from skimp.passes.unet_graph import discover, export_unet
 from skimp.passes.unet_plan import check, one_per_stage, preset, resolve, search
+from skimp.passes.unet_rank import RANKINGS, rank
 from skimp.passes.unet_student import rebuilt
 from torch import nn
 
@@ -178,3 +179,36 @@ def test_a_u_net_of_another_make_is_found_and_pruned():
 def test_what_is_no_u_net_is_refused():
     with pytest.raises(NothingToConvertError, match="no skip join"):
         discover(export_unet(nn.Sequential(nn.Conv2d(3, 3, 1)), {"input": torch.ones(2, 3, 4, 4)}))
+
+
+def test_a_layer_that_does_nothing_ranks_last():
+    torch.manual_seed(0)
+    model, data = OwnUNet().eval(), [{"x": torch.randn(2, 3, 8, 8)} for _ in range(2)]
+    idle = model.right[0].layers[1]
+    with torch.no_grad():
+        for last in (idle.mix.give, idle.net[2]):
+            last.weight.zero_()
+            last.bias.zero_()
+    gm = export_unet(model, data[0])
+    unet = discover(gm)
+    for by in RANKINGS:
+        found = rank(gm, unet, data, by)
+        assert found["right.0.layers.1"] == pytest.approx(0, abs=1e-6)
+        assert min(found, key=found.__getitem__) == "right.0.layers.1" or by == "attention"
+    left = rank(gm, unet, data)
+    with torch.no_grad():
+        want = sum(
+            float((model(**batch) - without(model, batch)).square().sum())
+            / float(model(**batch).square().sum())
+            for batch in data
+        )
+    assert left["bottom"] == pytest.approx(want / 2, rel=1e-4)
+
+
+def without(model, batch):
+    """By hand: the middle hands its input on."""
+    kept, model.bottom = model.bottom, nn.Identity()
+    try:
+        return model(**batch)
+    finally:
+        model.bottom = kept
