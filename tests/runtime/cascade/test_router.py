@@ -84,6 +84,7 @@ def test_a_higher_price_of_cost_buys_less_until_the_cheapest_is_left(worlds):
     assert cost[-1] == pytest.approx(worlds.COSTS["writer"])
 
 
+@pytest.mark.filterwarnings("ignore:.*A Box observation space")  # states have no bounds to tell
 @pytest.mark.parametrize("stop", [False, True])
 def test_the_environment_is_what_gymnasium_expects(worlds, stop):
     from gymnasium.utils.env_checker import check_env
