@@ -9,7 +9,6 @@ docs/koala.md from what was measured.
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 import warnings
@@ -148,13 +147,29 @@ def large():
     return {p: type(m).from_config(dict(m.config)).eval() for p, m in models.items()}
 
 
-def memory(preset, folder):
-    """Rise of the peak of resident memory from loading a model and one step, MB; own process."""
-    model = load_unet(str(folder / preset))
+def peak():
+    """Largest resident memory of this process so far, MB."""
+    status = Path("/proc/self/status").read_text()  # getrusage would count what it was forked from
+    return float(next(x.split()[1] for x in status.splitlines() if x.startswith("VmHWM"))) / 1024
+
+
+def memory(preset, work):
+    """Print how far loading a model and one step raised the peak; in a process of its own."""
+    import diffusers.models.unets.unet_2d_condition  # noqa: F401
+
+    before = peak()
+    model = load_unet(str(work / preset))
     call = example_of(model, batch=1)
     with torch.no_grad():
         model(**call)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak() - before)
+
+
+def memories(work, rows):
+    for preset, row in rows.items():
+        own = [sys.executable, __file__, "--memory", preset, "--work", str(work)]
+        done = subprocess.run(own, check=True, capture_output=True, text=True)
+        row["peak MB"] = float(done.stdout)
 
 
 def timing(work, result):
@@ -173,13 +188,7 @@ def timing(work, result):
     measured = compare(calls, "koala-700m", seconds=60, least=7, most=15).as_dict()
     for preset, row in rows.items():
         row["seconds"] = measured["timings"][preset]
-        own = [sys.executable, __file__, "--memory", preset, "--work", str(work)]
-        base = [sys.executable, __file__, "--memory", "", "--work", str(work)]
-        peak, none = (
-            float(subprocess.run(c, check=True, capture_output=True, text=True).stdout)
-            for c in (own, base)
-        )
-        row["peak MB"] = peak - none
+    memories(work, rows)
     result["timing"] = dict(rows=rows, machine=machine(), batch=1, size=32)
 
 
@@ -198,12 +207,8 @@ def main():
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory is not None:
-        if args.memory:
-            return memory(args.memory, args.work)
-        import diffusers.models.unets.unet_2d_condition  # noqa: F401
-
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if args.memory:
+        return memory(args.memory, args.work)
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
     def store():
