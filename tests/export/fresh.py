@@ -20,7 +20,10 @@ def check(run):
         for j, got in enumerate(outputs):
             want = cases[f"{i}>{j}"]
             error = np.linalg.norm(got - want)
-            assert error <= 1e-4 * np.linalg.norm(want), (i, j, want.shape, error)
+            if error <= 1e-4 * np.linalg.norm(want):
+                continue
+            rows = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+            assert (rows > 1e-4).mean() <= float(cases["ties"]), (i, j, want.shape, error)
 """
 DOORS = {
     "pt2": """
@@ -68,8 +71,11 @@ assert "torch" not in sys.modules and "skimp" not in sys.modules
 }
 
 
-def check_fresh(door, model, path, cases, tmp_path, *more):
+def check_fresh(door, model, path, cases, tmp_path, *more, ties=0.0):
     """Compare every output; ``cases`` are pairs of a threshold and keyword arguments.
+
+    Of millions of scores one can tie with its limit, and rounding decides; so of the rows of a
+    large model a share of ``ties`` may differ, while all the others are the same to 1e-4.
 
     Returns:
         What the process printed.
@@ -80,7 +86,7 @@ def check_fresh(door, model, path, cases, tmp_path, *more):
         arrays |= {f"{i}<{n}": t.numpy() for n, t in tensors_of(kwargs).items()}
         arrays |= {f"{i}>{j}": t.numpy() for j, t in enumerate(run_model(model, kwargs)[1])}
         arrays[f"{i}="] = np.float32(tau)
-    np.savez(tmp_path / "cases.npz", count=len(cases), **arrays)
+    np.savez(tmp_path / "cases.npz", count=len(cases), ties=ties, **arrays)
     # isolated where it can be: no PYTHONPATH, so nothing of the source tree can be imported
     isolated = [] if door == "pt2" else ["-I"]
     given = [path, tmp_path / "cases.npz", *more]
