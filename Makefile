@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+LINK   := mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/skimp # the root is the package
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
@@ -33,12 +34,13 @@ test: $(STAMP) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 docs: $(STAMP) ## build the site into out/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@$(LINK)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(VENV)/types $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## style, types and the one-way imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/skimp # the root is the package
+	@$(LINK)
 	MYPYPATH=$(VENV)/types $(BIN)/mypy -p skimp
 	$(BIN)/lint-imports
 
