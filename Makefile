@@ -2,7 +2,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-LINK   := mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/skimp # the root is the package
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
@@ -34,13 +33,14 @@ test: $(STAMP) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 docs: $(STAMP) ## build the site into out/site; a warning is an error
-	@$(LINK)
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(VENV)/types $(BIN)/mkdocs build --strict
+	@rm -rf out/api && mkdir -p out/api/skimp # only the package, which is the root, and not all of it
+	@ln -s $(CURDIR)/*.py $(addprefix $(CURDIR)/,ir passes codegen runtime) out/api/skimp/
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=out/api $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## style, types and the one-way imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@$(LINK)
+	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/skimp # the root is the package
 	MYPYPATH=$(VENV)/types $(BIN)/mypy -p skimp
 	$(BIN)/lint-imports
 
