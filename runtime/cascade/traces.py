@@ -228,8 +228,8 @@ def _number(sample: Mapping[str, Any], name: str, where: str) -> Any:
         return 0
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CalibrationError(f"{where}: `{name}` is {value!r}, not a number")
-    if not abs(value) < 1e300:  # nor a whole number that no float holds
-        raise CalibrationError(f"{where}: `{name}` is not a finite number")
+    if isinstance(value, int) and abs(value) > 10**300:
+        raise CalibrationError(f"{where}: `{name}` is a whole number that no float holds")
     return value
 
 

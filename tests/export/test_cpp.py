@@ -44,7 +44,7 @@ def run(program, *args):
 def test_it_gives_the_same_at_every_threshold(program, small, pt2, tmp_path):
     needed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in needed
-    assert "python" not in needed.replace(str(TORCH), "")
+    assert "libpython" not in needed
     outputs = []
     for tau, (batch, length) in [(0.0, (1, 1)), (0.3, (2, 7)), (0.9, (2, 7)), (0.3, (8, 16))]:
         got = run(program, pt2[0], tau, batch, length, tmp_path / "out")
