@@ -21,8 +21,8 @@ TORCH = Path(torch.__file__).parent
 @pytest.fixture(scope="module")
 def program():
     """Compiled once per text and torch: it takes ten seconds."""
-    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    path = cache_dir() / "examples" / f"run-{key}"
+    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {TORCH}".encode())
+    path = cache_dir() / "examples" / f"run-{key.hexdigest()[:16]}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}-{os.getpid()}")
