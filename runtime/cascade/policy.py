@@ -136,8 +136,32 @@ class Single:
         return None if hops else Call(self.member, final=True)
 
 
+class Recorded:
+    """What the record of a policy file says, whatever kind of policy it is of."""
+
+    __slots__ = ()
+    record: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of the file it was read from."""
+        return str(self.record.get("sha256", "unsaved"))
+
+    @property
+    def extractor(self) -> str:
+        """What calibration or training used."""
+        return str(self.record.get("extractor", "number"))
+
+    @property
+    def bound(self) -> tuple[float, float] | None:
+        """What was promised of the cost: US dollars, and the share that may cost more."""
+        if not math.isfinite(self.record.get("budget", math.inf)):
+            return None
+        return float(self.record["budget"]), float(self.record["alpha"])
+
+
 @dataclass(frozen=True, slots=True)
-class Cascade:
+class Cascade(Recorded):
     """Climb the members until one agrees with itself often enough (C3PO).
 
     Attributes:
@@ -160,26 +184,9 @@ class Cascade:
             )
 
     @property
-    def digest(self) -> str:
-        """Of the file it was read from."""
-        return str(self.record.get("sha256", "unsaved"))
-
-    @property
     def members(self) -> tuple[str, ...]:
         """All but those that are skipped."""
         return tuple(s.name for s, t in self._steps() if t < SKIP)
-
-    @property
-    def extractor(self) -> str:
-        """What calibration used."""
-        return str(self.record.get("extractor", "number"))
-
-    @property
-    def bound(self) -> tuple[float, float] | None:
-        """What calibration promised."""
-        if not math.isfinite(self.record.get("budget", math.inf)):
-            return None
-        return float(self.record["budget"]), float(self.record["alpha"])
 
     def _steps(self) -> list[tuple[MemberSpec, float]]:
         return list(zip(self.specs, (*self.thresholds, 0.0), strict=True))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ...ir.cost import write_atomically
 from ...ir.errors import ArtefactError
 from .embed import Embedder, Remembered, stored_embedder
-from .policy import ROUTER, VERSION, Call, Hop, Serve, record_hash
+from .policy import ROUTER, VERSION, Call, Hop, Recorded, Serve, record_hash
 from .router_world import HANDOVER, Context, chained, text_of
 from .traces import MemberSpec
 
@@ -99,7 +99,7 @@ Layer = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Router:
+class Router(Recorded):
     """A trained actor as a policy.
 
     Attributes:
@@ -123,26 +123,9 @@ class Router:
     """Reading a text takes milliseconds: the gateway asks in a thread."""
 
     @property
-    def digest(self) -> str:
-        """Of the file it was read from."""
-        return str(self.record.get("sha256", "unsaved"))
-
-    @property
     def members(self) -> tuple[str, ...]:
         """Those in the pool."""
         return tuple(s.name for s in self.specs if self.pool is None or s.name in self.pool)
-
-    @property
-    def extractor(self) -> str:
-        """What training used."""
-        return str(self.record.get("extractor", "number"))
-
-    @property
-    def bound(self) -> tuple[float, float] | None:
-        """What was checked after training."""
-        if not math.isfinite(self.record.get("budget", math.inf)):
-            return None
-        return float(self.record["budget"]), float(self.record["alpha"])
 
     def among(self, pool: Sequence[str]) -> "Router":
         """With another pool; members that were not there in training are not called."""
