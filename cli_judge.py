@@ -59,6 +59,7 @@ def judge(
     from .runtime.cascade.judge import (
         Judge,
         MemberJudge,
+        in_force,
         read_log,
         read_pairs,
         save_log,
@@ -71,7 +72,7 @@ def judge(
     asked = asked[:limit]
     start = FIRST_GUIDE
     if guide is not None:
-        start = [v for v in read_log(guide) if v.status in ("first", "kept")][-1].text
+        start = in_force(read_log(guide)).text
     entry = _entry(config, member)
     bars, told = progress()
     model = MemberJudge(entry, ResponseCache(responses), max_tokens)

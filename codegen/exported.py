@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from ..ir.block import DynkFFN
 from ..ir.cost import dense_flops
 from ..ir.errors import ExportError
 from ..passes.lift import blocks, lifted_layers
+from ..passes.trace import free_dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,28 @@ class Program:
     taus: dict[str, str]
     free: dict[str, list[int]]
     coverage: float
+
+    def index(self) -> dict[str, Any]:
+        """What an artefact has to say of itself to be called by name."""
+        return {
+            "inputs": list(self.inputs),
+            "outputs": list(self.outputs),
+            "taus": self.taus,
+            "free": self.free,
+        }
+
+    def compare(
+        self, run: Callable[[Mapping[str, Tensor]], list[Tensor]], tolerance: float
+    ) -> dict[str, dict[str, float]]:
+        """The errors of an artefact on the example; see :attr:`Report.errors`.
+
+        Raises:
+            ExportError: One is above the tolerance.
+        """
+        got = run(dict(zip(self.inputs, self.example, strict=True)))
+        errors = differences(self.outputs, self.expected, got)
+        check_errors(errors, tolerance)
+        return errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +162,7 @@ def capture(
     outputs = tuple(f"{n}_out" if n in plain.names else n for n in named)
     if dynamic_shapes is None:
         given: dict[str, Any] = {
-            n: _free(t) for n, t in zip(plain.names, plain.example, strict=True)
+            n: free_dimensions(t) for n, t in zip(plain.names, plain.example, strict=True)
         }
     else:
         given = {n: dict(dynamic_shapes.get(n) or {}) for n in plain.names}
@@ -161,11 +184,6 @@ def capture(
     }
     taus = {name: f"model.{name}.tau" for name in blocks(model)}
     return Program(program, plain.names, outputs, plain.example, expected, taus, free, share)
-
-
-def _free(tensor: Tensor) -> dict[int, Any]:
-    count = 1 if tensor.is_floating_point() else 2
-    return dict.fromkeys(range(min(count, tensor.dim())), Dim.AUTO)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ir.errors import ArtefactError, ExportError
 from .cpp.bundle import check_machine
 from .cpp.spec import detect_isa
-from .exported import Program, Report, check_errors, differences, drafts, first_line, needs
+from .exported import Program, Report, drafts, first_line, needs
 from .loaded import Loaded, append, read
 from .mlir import lower, to_module
 
@@ -38,19 +38,14 @@ def write_iree(captured: Program, path: Path, tolerance: float = 1e-4) -> Report
         "format": "skimp-iree",
         "version": VERSION,
         "isa": detect_isa(),
-        "inputs": list(captured.inputs),
-        "outputs": list(captured.outputs),
-        "taus": captured.taus,
         "defaults": [float(captured.program.state_dict[n]) for n in captured.taus.values()],
-        "free": captured.free,
+        **captured.index(),
     }
     with drafts(path) as scratch:
         draft = scratch / "model.vmfb"
         _compile(module, scratch / "model.mlirbc", draft)
         append(draft, index)
-        got = IreeModule(draft).run(dict(zip(captured.inputs, captured.example, strict=True)))
-        errors = differences(captured.outputs, captured.expected, got)
-        check_errors(errors, tolerance)
+        errors = captured.compare(IreeModule(draft).run, tolerance)
         size = draft.stat().st_size
         os.replace(draft, path)
     return Report(

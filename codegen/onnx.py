@@ -20,7 +20,7 @@ from ..ir.cost import write_atomically
 from ..ir.errors import ExportError
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import detect_isa
-from .exported import Program, Report, check_errors, differences, drafts, first_line
+from .exported import Program, Report, drafts, first_line
 from .ort import Session, digest, specs_of
 
 VERSION, OPSET = 1, 18
@@ -239,11 +239,8 @@ def write_onnx(
             size_threshold=1024,
         )
         onnx.checker.check_model(str(draft), full_check=True)
-        inputs = dict(zip(captured.inputs, captured.example, strict=True))
         for kernels in (False, True)[: 1 + native]:
-            got = Session(draft, native=kernels).run(inputs)
-            errors = differences(captured.outputs, captured.expected, got)
-            check_errors(errors, tolerance)
+            errors = captured.compare(Session(draft, native=kernels).run, tolerance)
         if native:
             library = compile_operators(specs_of(proto)).read_bytes()
             write_atomically(path.with_name(f"{path.name}.so"), library)

@@ -23,7 +23,7 @@ from .cpp.kernels import DTYPES
 from .cpp.library import OPS
 from .cpp.lower import lower
 from .cpp.spec import KernelSpec, LinearSpec, detect_isa
-from .exported import Program, Report, check_errors, differences, drafts, first_line
+from .exported import Program, Report, drafts, first_line
 from .loaded import Loaded, append, read
 from .spec import constants_of
 
@@ -121,16 +121,10 @@ def write_pt2(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
             "library": LIBRARY,
             "sha256": lowering.made.sha256,
             "isa": lowering.made.isa,
-            "inputs": list(captured.inputs),
-            "outputs": list(captured.outputs),
-            "taus": captured.taus,
-            "free": captured.free,
+            **captured.index(),
         }
         append(draft, index, {LIBRARY: lowering.made.data})
-        loaded = load_pt2(draft)
-        got = loaded.run(dict(zip(captured.inputs, captured.example, strict=True)))
-        errors = differences(captured.outputs, captured.expected, got)
-        check_errors(errors, tolerance)
+        errors = captured.compare(load_pt2(draft).run, tolerance)
         size = draft.stat().st_size
         os.replace(draft, path)
     runtime = f"torch {torch.__version__} (libtorch suffices, no Python), {lowering.made.isa}"

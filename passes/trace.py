@@ -27,7 +27,7 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
     Raises:
         TraceError: The model cannot be exported as one graph.
     """
-    free = {name: _free(value) for name, value in example.items()}
+    free = {name: free_dimensions(value) for name, value in example.items()}
     try:
         with torch.no_grad(), _without_cache(model):
             program = torch.export.export(model, (), dict(example), dynamic_shapes=free)
@@ -44,10 +44,10 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
     return module
 
 
-def _free(value: Any) -> Any:
+def free_dimensions(value: Any) -> Any:
     """Which dimensions of an argument are free: batch and, of token ids and masks, length."""
     if isinstance(value, Mapping):
-        return {name: _free(inner) for name, inner in value.items()}
+        return {name: free_dimensions(inner) for name, inner in value.items()}
     if not isinstance(value, torch.Tensor) or not value.dim():
         return None
     return dict.fromkeys(range(1 if value.is_floating_point() else min(value.dim(), 2)), Dim.AUTO)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
     A line of ``{"question"}``, as in GSM8K, is a prompt too.
     """
-    prompts = []
+    return [prompt for _, prompt in prompt_rows(path)]
+
+
+def prompt_rows(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each line as it is, and the prompt that it is; see :func:`read_prompts`.
+
+    Raises:
+        CalibrationError: A line is no prompt; says which.
+    """
     for at, line in read_lines(path):
         try:
             row = json.loads(line)
@@ -28,8 +36,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
                 raise ValueError("neither `prompt` nor `messages`")
         except MALFORMED as error:
             raise CalibrationError(f"{path}, line {at}: {error}") from error
-        prompts.append({"id": str(row.get("id", at)), "messages": messages})
-    return prompts
+        yield row, {"id": str(row.get("id", at)), "messages": messages}
 
 
 async def collect(

@@ -98,12 +98,17 @@ class Judged:
     @property
     def guide(self) -> Version:
         """The version in force at the end."""
-        return next(v for v in reversed(self.versions) if v.status in ("first", "kept"))
+        return in_force(self.versions)
 
     @property
     def learned_from(self) -> int:
         """Pairs that the judge went through a second time."""
         return sum(v.version is not None for v in self.verdicts)
+
+
+def in_force(versions: Sequence[Version]) -> Version:
+    """The last version that was not refused."""
+    return next(v for v in reversed(versions) if v.status in ("first", "kept"))
 
 
 class Judge:

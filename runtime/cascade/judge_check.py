@@ -17,7 +17,7 @@ from ...ir.errors import ArtefactError
 from . import judge_prompts as prompts
 from .config import JudgedConfig
 from .extract import answer_of, extractor
-from .judge import VERDICT_TOKENS, flipped, read_log
+from .judge import VERDICT_TOKENS, flipped, in_force, read_log
 from .judge_prompts import Pair
 from .policy import Call, Cascade, Hop, Serve, load_policy
 from .responses import ResponseCache
@@ -144,6 +144,5 @@ def load_checked(config: JudgedConfig, folder: Path, name: str) -> Checked:
         raise ArtefactError(f"policies.{name}.responses: {config.responses} does not exist")
     guide = None
     if config.guide is not None:
-        kept = [v for v in read_log(folder / config.guide) if v.status in ("first", "kept")]
-        guide = kept[-1].text
+        guide = in_force(read_log(folder / config.guide)).text
     return Checked(inner, config.judge, ResponseCache(folder / config.responses), guide, name)

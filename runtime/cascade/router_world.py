@@ -5,17 +5,16 @@ every part of the tree is computed once. Where responses come from is a function
 response cache, live members behind one, or a script in a test.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ...ir.errors import CalibrationError
-from .collect import read_prompts
+from .collect import prompt_rows
 from .extract import canonical, extractor, vote
 from .responses import Messages, Response, prompt_hash
-from .traces import MemberSpec, draw_samples, read_lines, sample_answer, sample_cost
+from .traces import MemberSpec, draw_samples, sample_answer, sample_cost
 
 HANDOVER = "That was written by another model. Use what is right in it, and answer the question."
 """Said after each earlier response, so that the next member knows whose turn it is."""
@@ -168,15 +167,14 @@ def _plain(text: str) -> str:
 
 def read_questions(path: Path) -> list[Question]:
     """Prompts as for ``skimp cascade collect``, with ``answer`` where it is known."""
-    gold = []
-    prompts = read_prompts(path)
-    for _, line in read_lines(path):
-        row = json.loads(line)
+    questions = []
+    for row, prompt in prompt_rows(path):
         found = row.get("answer")
         if isinstance(found, str) and "####" in found:  # as GSM8K writes its solutions
             found = found.rpartition("####")[2].strip()
-        gold.append(None if found is None else str(found))
-    return [Question(p["id"], tuple(p["messages"]), g) for p, g in zip(prompts, gold, strict=True)]
+        gold = None if found is None else str(found)
+        questions.append(Question(prompt["id"], tuple(prompt["messages"]), gold))
+    return questions
 
 
 def distinct(questions: Sequence[Question]) -> list[int]:

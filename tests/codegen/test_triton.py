@@ -30,8 +30,10 @@ from skimp.ir.errors import ArtefactError, CompileError
 from skimp.ir.op import use_cuda_kernel
 
 triton = pytest.importorskip("triton")
-
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from archives import rewritten  # noqa: E402
+
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "gpu-static.json").read_text())
 RAGGED = TritonSpec("gelu_tanh", True, True, True, False, 5, 30, 60, 7, "float32")
 SPECS = {"gated": GATED, "plain": PLAIN, "ragged": RAGGED}
@@ -241,15 +243,6 @@ def test_a_truncated_bundle_is_refused(bundled, tmp_path):
             bundle.read(path)
     with pytest.raises(ArtefactError, match="no whole bundle"):
         bundle.read(tmp_path / "none")
-
-
-def rewritten(old, new, change):
-    """Copy a bundle, each file through a function of its name and content; None leaves it out."""
-    with zipfile.ZipFile(old) as read, zipfile.ZipFile(new, "w") as write:
-        for name in read.namelist():
-            data = change(name, read.read(name))
-            if data is not None:
-                write.writestr(name, data)
 
 
 def test_a_change_of_any_file_is_refused(bundled, tmp_path):

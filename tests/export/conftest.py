@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for models.py
+sys.path[:0] = [str(p) for p in Path(__file__).parents[:2]]  # for models.py and archives.py
 
 
 @pytest.fixture(scope="session")
