@@ -277,14 +277,25 @@ def example_of(
         "return_dict": False,
     }
     if config.get("addition_embed_type") == "text_time":
-        times = 6
-        pooled = config["projection_class_embeddings_input_dim"]
-        pooled -= times * config["addition_time_embed_dim"]
         found["added_cond_kwargs"] = {
-            "text_embeds": noise(batch, pooled),
+            "text_embeds": noise(batch, pooled_width(config)),
             "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * batch, device=p.device),
         }
     return found
 
 
-__all__ = ["PruneUNet", "Pruned", "cut", "example_of", "prune", "verify_student"]
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """Of the pooled text that a U-Net reads beside six sizes, as SDXL does; 0 if it reads none."""
+    both = config.get("projection_class_embeddings_input_dim")
+    return 0 if both is None else int(both) - 6 * int(config["addition_time_embed_dim"])
+
+
+__all__ = [
+    "PruneUNet",
+    "Pruned",
+    "cut",
+    "example_of",
+    "pooled_width",
+    "prune",
+    "verify_student",
+]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ir.errors import CalibrationError, SkimpError
+from ..ir.errors import MALFORMED, CalibrationError, SkimpError
+from ..passes.prune_unet import pooled_width
 
 STEPS = 1000  # of the noise schedule, SDXL's
 
@@ -115,8 +116,7 @@ class Pictures:
                 "have 3: encode pictures with its own pipeline, see examples/koala_sdxl.py"
             )
         states = hashed_text(captions, 8, config["cross_attention_dim"])
-        pooled = config.get("projection_class_embeddings_input_dim")
-        width = 0 if pooled is None else pooled - 6 * config["addition_time_embed_dim"]
+        width = pooled_width(config)
         side = float(config["sample_size"])
         times = torch.tensor([[side, side, 0, 0, side, side]]).repeat(len(captions), 1)
         return cls(images, states, hashed_text(captions, 8, width).mean(1), times, captions)
@@ -134,7 +134,7 @@ class Pictures:
             with safe_open(path, "pt") as file:
                 captions = json.loads((file.metadata() or {})["captions"])
                 parts = [file.get_tensor(n) for n in ("latents", "states", "pooled", "times")]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, *MALFORMED) as error:
             raise CalibrationError(
                 f"{path} does not hold encoded pictures ({error}); examples/koala_sdxl.py encodes "
                 "a folder of them"

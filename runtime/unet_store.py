@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.cost import write_atomically
-from ..ir.errors import ArtefactError
+from ..ir.errors import MALFORMED, ArtefactError
 from ..passes.prune_unet import Pruned
 from ..passes.unet_distill import ALIGNED, DistillUNet
 
@@ -49,16 +49,16 @@ def read_pairs(folder: Path, how: DistillUNet) -> dict[str, str]:
     path = folder / RECORD
     try:
         record = json.loads(path.read_bytes())
-        pairs = record["pairs"][_way(how)]
+        pairs = {str(s): str(t) for s, t in record["pairs"][_way(how)].items()}
         known = record["format"] == "skimp-unet" and record["version"] == 1
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ArtefactError(
             f"{folder} holds no {RECORD} that can be read, so its taps are not known; make the "
             "student with `skimp prune-unet`, or give --taps none"
         ) from error
     if not known:
         raise ArtefactError(f"{path} is of another version; prune the teacher again")
-    return dict(pairs)
+    return pairs
 
 
 def _way(how: DistillUNet) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.cost import write_atomically
-from ..ir.errors import ArtefactError, CalibrationError
+from ..ir.errors import MALFORMED, ArtefactError, CalibrationError
 from ..passes.base import Progress, silent
 from ..passes.unet_distill import Distiller, DistillUNet, unwrap
 from .unet import Pictures, on
@@ -241,7 +241,7 @@ def _resume(
             for n, t in mean.items():
                 t.copy_(file.get_tensor(f"mean/{n}"))
             return int(about["step"]), json.loads(about["history"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, *MALFORMED) as error:
         raise ArtefactError(f"{path} is damaged ({error}); remove it to begin again") from error
 
 

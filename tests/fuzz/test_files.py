@@ -14,6 +14,7 @@ from skimp.codegen import loaded
 from skimp.ir import artefact
 from skimp.ir.errors import SkimpError
 from skimp.passes.convert import prepare
+from skimp.passes.unet_distill import ALIGNED, DistillUNet
 from skimp.runtime import economics
 from skimp.runtime.cascade import policy
 from skimp.runtime.cascade.calibrate import Goal, calibrate
@@ -24,6 +25,8 @@ from skimp.runtime.cascade.policy import load_policy
 from skimp.runtime.cascade.responses import Response, ResponseCache
 from skimp.runtime.cascade.router_world import read_questions
 from skimp.runtime.cascade.traces import MemberSpec, read_traces, tabulate
+from skimp.runtime.unet_store import RECORD
+from skimp.runtime.unet_store import read_pairs as read_taps
 from torch import nn
 
 from .damage import cases, of_bytes, of_value
@@ -84,7 +87,12 @@ def rehashed(record):
 
 
 PAIRS = [{"id": str(i), "question": "q", "a": "x", "b": "y", "label": "A"} for i in range(3)]
+TAPS = {"format": "skimp-unet", "version": 1, "teacher": "t", "report": {},
+        "pairs": {how: {"mid.attn1": "mid.attn1"} for how in (*ALIGNED, "last")}}  # fmt: skip
 FILES = {
+    RECORD: (
+        lambda p: read_taps(p.parent, DistillUNet()), TAPS, lambda r: json.dumps(r).encode()
+    ),
     "traces": (tabled, traces(), lines),
     "policy": (load_policy, a_policy(), lambda r: json.dumps(rehashed(r)).encode()),
     "configuration": (load_config, CONFIG, lambda r: yaml.safe_dump(r).encode()),
