@@ -1,14 +1,13 @@
 """Providers and servers on loopback, for the tests of serving."""
 
-import contextlib
 import importlib.util
 import json
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -155,22 +154,32 @@ def _postgres_bin():
     return None
 
 
+@pytest.fixture
+def postgres(postgres_server):
+    """The URL of an empty PostgreSQL database."""
+    from skimp.runtime.cascade import rows
+    from skimp.runtime.cascade.database import connect
+
+    engine = connect(postgres_server)
+    rows.meta.drop_all(engine)
+    engine.dispose()
+    return postgres_server
+
+
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres_server():
     """The URL of a PostgreSQL server of its own."""
     folder = _postgres_bin()
     if folder is None:
         pytest.skip("no PostgreSQL server: `apt-get install postgresql`")
-    base = tmp_path_factory.mktemp("postgres")
+    # not in pytest's folder: a run of pytest that starts meanwhile shuts that to everybody else
+    base = Path(tempfile.mkdtemp(prefix="skimp-postgres-"))
     # PostgreSQL refuses to run as root, so it runs as somebody else, in a folder of theirs
     user = "postgres" if "postgres" in {u.pw_name for u in pwd.getpwall()} else "nobody"
     root = os.geteuid() == 0
     extra = {}
     if root:
         ids = pwd.getpwnam(user)
-        for path in (base, *list(base.parents)[:3]):
-            if str(path) not in ("/", "/tmp"):
-                path.chmod(0o755)
         os.chown(base, ids.pw_uid, ids.pw_gid)
         extra = {"user": user, "group": ids.pw_gid, "extra_groups": []}
     with socket.socket() as probe:
@@ -190,9 +199,8 @@ def postgres(tmp_path_factory):
     options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
     run(f"{folder}/pg_ctl", "-D", str(data), "-o", options, "-w", "-l", str(base / "log"), "start")
     yield f"postgresql://skimp@127.0.0.1:{port}/postgres"
-    with contextlib.suppress(FileNotFoundError):  # another run of pytest may have tidied it away
-        number = int((data / "postmaster.pid").read_text().split()[0])
-        os.kill(number, signal.SIGQUIT)  # its "immediate", which loses nothing that anyone needs
+    run(f"{folder}/pg_ctl", "-D", str(data), "-m", "immediate", "-w", "stop")
+    shutil.rmtree(base)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import time
 import pytest
 import sqlalchemy as sa
 from skimp.runtime.cascade import rows as module
-from skimp.runtime.cascade.database import connect
 from skimp.runtime.cascade.ledger import Ledger
 from skimp.runtime.cascade.rows import (
     Attempt,
@@ -25,11 +24,7 @@ def url(request, tmp_path):
     """A ledger that is empty."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/l.db"
-    url = request.getfixturevalue("postgres")
-    engine = connect(url)
-    module.meta.drop_all(engine)
-    engine.dispose()
-    return url
+    return request.getfixturevalue("postgres")
 
 
 def held(name, amount, *budgets, at=None, expires=60.0):

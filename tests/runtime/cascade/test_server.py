@@ -426,11 +426,10 @@ def test_nothing_is_served_that_is_not_recorded(provider, write_policy, serve):
 def test_the_server_on_postgresql(provider, write_policy, serve, postgres):
     config, a, b = two(provider, write_policy, ledger=postgres, budget={"usd": 1, "per": "month"})
     server = serve(config)
-    before = len(server.rows("requests"))
     ask(server, "small=ok:1|2|3 large=ok:9")
     list(ask(server, "small=ok:1|2|3 large=ok:9", stream=True))
     ask(server, "small=500 large=ok:9")
-    rows = server.rows("requests")[before:]
+    rows = server.rows("requests")
     assert sorted(r["route"] for r in rows) == ["small!>large", *["small:0.33>large"] * 2]
     spent = sum(
         (p * price["input"] + c * price["output"]) * 1e-6
@@ -439,7 +438,7 @@ def test_the_server_on_postgresql(provider, write_policy, serve, postgres):
     assert sum(r["cost"] for r in rows) == pytest.approx(spent, abs=1e-12)
     assert server.rows("reservations") == []
     told = httpx.get(f"{server.root}/api/summary").json()
-    assert told["requests"] >= 3
+    assert told["requests"] == 3
     assert told["budgets"][0]["reserved"] == pytest.approx(0, abs=1e-15)
     assert httpx.get(f"{server.root}/healthz").status_code == 200
 
