@@ -160,6 +160,14 @@ def ordered(drafts: Sequence[Draft], chosen: Sequence[tuple[float, int, int]]) -
     return found
 
 
+Front = dict[tuple[int, int], float]
+"""What a drafter may expand next: the chance of each (row, node)."""
+
+
+def _likeliest(front: Front, count: int) -> list[tuple[int, int]]:
+    return sorted(front, key=lambda at: (-front[at], at))[:count]
+
+
 @dataclass(slots=True)
 class CostPolicy(Base):
     """Drafts and verifies what pays at the rate achieved, by measured costs.
@@ -184,27 +192,23 @@ class CostPolicy(Base):
             self.ranks = [[0.5, 0.1, 0.05] for _ in self.drafters]
             self.idle, self.patience = [0] * len(self.drafters), [8] * len(self.drafters)
         rate, used = self.price(len(roots)), set()
-        fronts: list[list[tuple[float, int, int]]] = [
-            [(1.0, row, 0) for row in range(len(roots)) if depth[row] > 0] for _ in self.drafters
+        fronts: list[Front] = [
+            {(row, 0): 1.0 for row in range(len(roots)) if depth[row] > 0} for _ in self.drafters
         ]
         while True:
             offers = [(self._offer(d, fronts[d], drafts, rate), d) for d in range(len(fronts))]
             (gain, count), d = max(offers, default=((0.0, 0), 0))
             if gain <= 0:
                 break
-            fronts[d].sort(key=lambda x: (-x[0], x[1], x[2]))
-            nodes = [(row, node) for _, row, node in fronts[d][:count]]
-            fronts[d] = fronts[d][count:]
             used.add(d)
-            self._open(drafts, d, nodes, fronts, depth)
+            self._open(drafts, d, _likeliest(fronts[d], count), fronts, depth)
         for d in range(len(self.drafters)):
             self.idle[d] = 0 if d in used else self.idle[d] + 1
             if d in used:
                 self.patience[d] = 8
             elif self.idle[d] >= self.patience[d] and fronts[d]:
                 self.idle[d], self.patience[d] = 0, min(2 * self.patience[d], 128)
-                _, row, node = max(fronts[d])
-                self._open(drafts, d, [(row, node)], fronts, depth)
+                self._open(drafts, d, _likeliest(fronts[d], 1), fronts, depth)
         return drafts
 
     def price(self, rows: int) -> float:
@@ -216,11 +220,13 @@ class CostPolicy(Base):
         drafts: Sequence[Draft],
         d: int,
         nodes: Sequence[tuple[int, int]],
-        fronts: list[list[tuple[float, int, int]]],
+        fronts: list[Front],
         depth: Sequence[int],
     ) -> None:
         """Expand nodes; their children are what may be expanded next, by any drafter that can."""
         mean = self.ranks[d]
+        for at in nodes:
+            del fronts[d][at]
         for (row, node), children in zip(nodes, self.expand(drafts, d, nodes), strict=True):
             tree = drafts[row].tree
             for r in range(len(mean)):
@@ -235,14 +241,12 @@ class CostPolicy(Base):
                 for e, front in enumerate(fronts):
                     known = e == d or (row, node) in self.expanded[e]
                     if known and (row, child) not in self.expanded[e]:
-                        item = (v, row, child)
-                        if item not in front:
-                            front.append(item)
+                        front[row, child] = v  # another drafter may have raised it
 
     def _offer(
         self,
         d: int,
-        front: list[tuple[float, int, int]],
+        front: Front,
         drafts: Sequence[Draft],
         rate: float,
     ) -> tuple[float, int]:
@@ -253,7 +257,7 @@ class CostPolicy(Base):
         cost = rate * drafter.seconds(1)
         verify = rate * self._slope(drafts, rate)
         best, count, gain = 0.0, 0, 0.0
-        for n, (v, _, _) in enumerate(sorted(front, reverse=True)[: self.width], 1):
+        for n, v in enumerate(sorted(front.values(), reverse=True)[: self.width], 1):
             gain += _worth(v, mean, verify, cost)
             net = gain - rate * drafter.seconds(n)
             if net > best:

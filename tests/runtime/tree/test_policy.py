@@ -107,6 +107,27 @@ def sizes(curve, drafter=None, rows=1, steps=60, depth=200):
     return found, tokens / time
 
 
+def test_no_drafter_expands_a_node_twice():
+    """Also where another one raises the chance of a node that waits to be expanded."""
+    asked = []
+
+    class Noting(Steady):
+        def expand(self, trees, nodes):
+            asked.append([(id(self), *at) for at in nodes])
+            return super().expand(trees, nodes)
+
+    # the first is asked first, being cheaper; the second has more faith in the same tokens
+    drafters = [Noting(chance=0.5, price=0.001), Noting(chance=0.8, price=0.01)]
+    policy = CostPolicy(drafters, lambda n: 1.0 + 0.001 * n)
+    policy.begin(1)
+    for _ in range(30):
+        asked.clear()
+        policy.draft([0], [6])
+        every = [at for nodes in asked for at in nodes]
+        assert len(every) == len(set(every))
+        assert len({drafter for drafter, _, _ in every}) == 2
+
+
 def test_a_flat_curve_is_filled_and_a_linear_one_left_empty():
     assert min(sizes(CURVES["flat"])[0]) >= 30
     assert max(sizes(CURVES["linear"])[0]) == 0
