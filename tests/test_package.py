@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     held = {n for n in names if ".dist-info/" not in n}
-    kinds = (".py", ".h", ".cpp", ".html", ".jsonl")
+    kinds = (".py", ".h", ".cpp", ".html", ".json", ".jsonl")
     files = [p for r in ROOMS for p in (ROOT / r).rglob("*") if p.suffix in kinds]
     files += [
         p for n in ("__init__.py", "__main__.py", "cli*.py", "py.typed") for p in ROOT.glob(n)

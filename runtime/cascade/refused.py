@@ -64,8 +64,10 @@ def parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def check(body: Mapping[str, Any], kind: Kind) -> None:
+def check(body: dict[str, Any], kind: Kind) -> None:
     """Refuse fields that skimp counts on and cannot read; others are the member's business.
+
+    Numbers such as 2.0, which JSON does not tell from 2, become whole in the body.
 
     A limit of tokens that members take for none, or a number of samples that they read from text,
     would cost more than was reserved.
@@ -86,6 +88,8 @@ def check(body: Mapping[str, Any], kind: Kind) -> None:
     limits |= dict.fromkeys(("max_tokens", "max_completion_tokens"), (least, MOST_TOKENS))
     for name, (low, high) in limits.items():
         value = body.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = body[name] = int(value)
         if value is not None and (type(value) is not int or not low <= value <= high):
             raise Refused(400, f"`{name}` is not a whole number from {low} to {high}", "bad_field")
 

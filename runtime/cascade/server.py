@@ -30,6 +30,7 @@ from .trip import Answer, Query, UnavailableError
 
 log = logging.getLogger("skimp.serve")
 PAGE = Path(__file__).with_name("page.html")
+API = Path(__file__).with_name("openapi.json")
 _CSP = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
@@ -81,6 +82,11 @@ def create_app(gateway: Gateway, config: Config) -> FastAPI:
         """The page, which holds no data itself."""
         headers = {"content-security-policy": _CSP, "x-content-type-options": "nosniff"}
         return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
+
+    @app.get("/openapi.json")
+    async def described() -> Response:
+        """All of this, for programs that make clients; bodies are read here, not by FastAPI."""
+        return Response(API.read_bytes(), media_type="application/json")
 
     @app.get("/api/summary")
     async def api_summary(request: Request) -> Response:

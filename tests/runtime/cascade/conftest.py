@@ -98,6 +98,11 @@ class Running:
         self.thread.join(20)
 
 
+@pytest.fixture(scope="session")
+def running():
+    return Running
+
+
 @pytest.fixture
 def serve(tmp_path):
     """A function that serves a configuration."""
