@@ -37,6 +37,8 @@ def artefacts(converted, example, folder):
             door: skimp.export(converted, example, path, native=door == "onnx").as_dict()
             for door, path in paths.items()
         }
+        for report in reports.values():
+            report["file"] = Path(report["file"]).name
         kept.write_text(json.dumps(reports))
     ways = {
         ".pt2": skimp.load(paths["pt2"]),

@@ -20,6 +20,9 @@ from ..ir.errors import ExportError
 from ..passes.lift import blocks, lifted_layers
 from ..passes.trace import free_dimensions
 
+TIE = 2e-6
+"""Relative to the largest score: so near to its limit, rounding decides (16 units of float32)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -33,6 +36,7 @@ class Program:
         taus: The name in ``program`` of each block's threshold, by block.
         free: Which dimensions of each input are.
         coverage: Share of the dense model's FLOPs (of linear layers) in converted blocks.
+        tied: Blocks in which a score of the example ties with its limit.
     """
 
     program: ExportedProgram
@@ -43,6 +47,7 @@ class Program:
     taus: dict[str, str]
     free: dict[str, list[int]]
     coverage: float
+    tied: tuple[str, ...]
 
     def index(self) -> dict[str, Any]:
         """What an artefact has to say of itself to be called by name."""
@@ -63,7 +68,7 @@ class Program:
         """
         got = run(dict(zip(self.inputs, self.example, strict=True)))
         errors = differences(self.outputs, self.expected, got)
-        check_errors(errors, tolerance)
+        check_errors(errors, tolerance, self.tied)
         return errors
 
 
@@ -158,7 +163,9 @@ def capture(
     share = coverage(model)
     check_floor(share, floor)
     plain = Plain(model, example).eval()
-    named, expected = run_model(model, example)
+    with watch_ties(model) as ties:
+        named, expected = run_model(model, example)
+    tied = tuple(dict.fromkeys(name for name, rows in ties if bool(rows.any())))
     outputs = tuple(f"{n}_out" if n in plain.names else n for n in named)
     if dynamic_shapes is None:
         given: dict[str, Any] = {
@@ -183,7 +190,7 @@ def capture(
         for name, v in zip(plain.names, values, strict=True)
     }
     taus = {name: f"model.{name}.tau" for name in blocks(model)}
-    return Program(program, plain.names, outputs, plain.example, expected, taus, free, share)
+    return Program(program, plain.names, outputs, plain.example, expected, taus, free, share, tied)
 
 
 def first_line(error: BaseException) -> str:
@@ -242,19 +249,58 @@ def check_floor(share: float, floor: float) -> None:
         )
 
 
-def check_errors(errors: Mapping[str, Mapping[str, float]], tolerance: float) -> None:
+def check_errors(
+    errors: Mapping[str, Mapping[str, float]], tolerance: float, tied: Sequence[str] = ()
+) -> None:
     """Refuse an artefact that is not the model.
+
+    Args:
+        errors: By output; see :attr:`Report.errors`.
+        tolerance: The largest relative one that is let pass.
+        tied: Blocks in which a score tied with its limit.
 
     Raises:
         ExportError: An output differs by more than ``tolerance``, relatively.
     """
+    cause = "Raise the tolerance only for storage narrower than float32."
+    if tied:
+        cause = (
+            f"In {', '.join(tied)} a score ties with its limit in this example, so rounding "
+            "decides which experts run: that may be all. Export with another example."
+        )
     for name, e in errors.items():
         if not e["relative"] <= tolerance:
             raise ExportError(
                 f"output {name} of the artefact differs from the model by {e['relative']:.1e} "
                 f"(relative; largest {e['max']:.1e}), more than {tolerance:.0e}; nothing was "
-                "written. Raise the tolerance only for storage narrower than float32."
+                f"written. {cause}"
             )
+
+
+@contextmanager
+def watch_ties(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Note in which rows a score comes so near to its limit that rounding decides.
+
+    Yields:
+        A list that gets, for every call of a block, its name and the rows, bool ``[..]``.
+    """
+    found: list[tuple[str, Tensor]] = []
+
+    def note(name: str, block: DynkFFN, x: Tensor) -> None:
+        scores = block.router(x).float()
+        top = scores.amax(-1, keepdim=True)
+        near = (scores - block.tau * top).abs() <= TIE * top
+        found.append((name, (near & (block.tau > 0)).any(-1)))
+
+    hooks = [
+        block.register_forward_pre_hook(lambda b, args, n=name: note(n, b, args[0]))
+        for name, block in blocks(model).items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def check_lowered(captured: Program, program: ExportedProgram, tolerance: float)
     with torch.no_grad():
         got = program.module()(*captured.example)
     errors = differences(captured.outputs, captured.expected, got)
-    check_errors(errors, tolerance)
+    check_errors(errors, tolerance, captured.tied)
     return errors
 
 

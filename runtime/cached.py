@@ -56,19 +56,14 @@ def cached_example(
         Keyword arguments, and what :func:`skimp.export` takes as ``dynamic_shapes``.
     """
     config: Any = step.model.config
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    g = torch.Generator().manual_seed(0)
-    example: dict[str, Any] = {
-        "input_ids": torch.arange(batch * tokens).view(batch, tokens) % config.vocab_size,
-        "attention_mask": torch.ones(batch, past + tokens, dtype=torch.long),
-    }
+    text = torch.arange(batch * (past + tokens)).view(batch, -1) % config.vocab_size
+    mask = torch.ones_like(text)
+    example: dict[str, Any] = {"input_ids": text[:, past:].contiguous(), "attention_mask": mask}
     shapes: dict[str, dict[int, Any]] = {n: {0: Dim.AUTO, 1: Dim.AUTO} for n in example}
     if past:
-        example["past"] = [
-            [torch.randn(batch, heads, past, width, generator=g) for _ in range(2)]
-            for _ in range(config.num_hidden_layers)
-        ]
-        for i in range(config.num_hidden_layers):
+        with torch.no_grad():  # a cache of noise would drive a model where it never goes
+            before = step(text[:, :past], mask[:, :past])["present"]
+        example["past"] = [[held.contiguous() for held in layer] for layer in before]
+        for i in range(len(before)):
             shapes |= {f"past_{i}_{j}": {0: Dim.AUTO, 2: Dim.AUTO} for j in range(2)}
     return example, shapes

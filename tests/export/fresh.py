@@ -1,17 +1,13 @@
 """Artefacts in a fresh process, on many inputs, against the model."""
 
-import contextlib
 import subprocess
 import sys
 
 import numpy as np
 import skimp
 import torch
-from skimp.codegen.exported import run_model, tensors_of
-from skimp.passes.lift import blocks
+from skimp.codegen.exported import run_model, tensors_of, watch_ties
 
-MARGIN = 2e-6
-"""How near a score may come to its limit before rounding decides: 16 units of float32."""
 CASES = """
 import json, sys
 import numpy as np
@@ -75,32 +71,15 @@ assert "torch" not in sys.modules and "skimp" not in sys.modules
 }
 
 
-@contextlib.contextmanager
-def watch_ties(model, margin):
-    """Collect, per call of a block, the tokens with a score within ``margin`` of its limit."""
-    found = []
-
-    def look(block, args, _):
-        scores = block.router(args[0])
-        top = scores.amax(-1, keepdim=True)
-        near = (scores - block.tau * top).abs() <= margin * top
-        found.append((near & (block.tau > 0)).any(-1))
-
-    hooks = [block.register_forward_hook(look) for block in blocks(model).values()]
-    yield found
-    for hook in hooks:
-        hook.remove()
-
-
-def certain(near, y):
+def certain(ties, y):
     """The rows of an output of a decoder that no tie can have changed, ``y.shape[:-1]``.
 
     Args:
-        near: ``[batch, tokens]``, where a tie was; it changes its token and the later ones.
+        ties: By call of a block, ``[batch, tokens]``; one changes its token and the later ones.
         y: ``[batch, tokens, ..]``, or keys or values with tokens in the dimension before the last,
             of which those that were given come first.
     """
-    sure = near.cumsum(1) == 0
+    sure = torch.stack([rows for _, rows in ties]).any(0).cumsum(1) == 0
     if y.dim() == 3:
         return sure
     given = sure.new_ones(y.shape[0], y.shape[2] - sure.shape[1])
@@ -108,12 +87,11 @@ def certain(near, y):
 
 
 @torch.no_grad()
-def check_fresh(door, model, path, cases, tmp_path, *more, margin=None):
+def check_fresh(door, model, path, cases, tmp_path, *more, causal=False):
     """Compare every output; ``cases`` are pairs of a threshold and keyword arguments.
 
-    Of millions of scores one can tie with its limit, and rounding decides which side it falls. With
-    a ``margin``, what comes after a score of a decoder that lies within it, relative to the
-    row's largest, is left out; at least half of the rows must stay.
+    Of millions of scores one can tie with its limit, and rounding decides which side it falls. Of
+    a ``causal`` model, what comes after such a score is left out; at least half of the rows stay.
 
     Returns:
         What the process printed.
@@ -121,12 +99,11 @@ def check_fresh(door, model, path, cases, tmp_path, *more, margin=None):
     arrays, kept = {}, []
     for i, (tau, kwargs) in enumerate(cases):
         skimp.set_tau(model, tau)
-        with watch_ties(model, margin or 0.0) as found:
+        with watch_ties(model) as ties:
             outputs = run_model(model, kwargs)[1]
-        near = torch.stack(found).any(0) if margin else None
         arrays |= {f"{i}<{n}": t.numpy() for n, t in tensors_of(kwargs).items()}
         for j, y in enumerate(outputs):
-            rows = torch.ones(y.shape[:-1], dtype=torch.bool) if near is None else certain(near, y)
+            rows = certain(ties, y) if causal else torch.ones(y.shape[:-1], dtype=torch.bool)
             kept.append(rows.float().mean())
             arrays |= {f"{i}>{j}": y.numpy(), f"{i}?{j}": rows.numpy()}
         arrays[f"{i}="] = np.float32(tau)

@@ -6,24 +6,24 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
-from fresh import MARGIN, check_fresh
+from fresh import check_fresh
 from models import SHAPES, ids, minilm, small_bert, small_llama, smollm2
 from skimp.runtime.cached import cached_example
 
 FILES = {"pt2": "m.pt2", "onnx": "m.onnx", "iree": "m.vmfb"}
 
 
-def export_and_check(door, model, example, shapes, cases, tmp_path, margin=None):
+def export_and_check(door, model, example, shapes, cases, tmp_path, causal=False):
     if door == "iree":
         pytest.importorskip("torch_mlir")
         pytest.importorskip("iree.compiler")
     path = tmp_path / FILES[door]
     native = {"native": True} if door == "onnx" else {}
     report = skimp.export(model, example, path, dynamic_shapes=shapes, **native)
-    printed = check_fresh(door, model, path, cases, tmp_path, margin=margin)
+    printed = check_fresh(door, model, path, cases, tmp_path, causal=causal)
     if door == "onnx":
         assert int(printed) == 0  # stock: no operator of ours
-        printed = check_fresh(door, model, path, cases, tmp_path, f"{path}.so", margin=margin)
+        printed = check_fresh(door, model, path, cases, tmp_path, f"{path}.so", causal=causal)
         assert int(printed) == report.blocks
     return report
 
@@ -33,13 +33,13 @@ def check_encoder(door, model, tmp_path):
     return export_and_check(door, model, ids(), None, cases, tmp_path)
 
 
-def check_prompt(door, step, tmp_path, margin=None):
+def check_prompt(door, step, tmp_path, causal=False):
     example, shapes = cached_example(step)
     cases = [(0.3, ids(*shape)) for shape in SHAPES] + [(0.8, ids(2, 5))]
-    return export_and_check(door, step, example, shapes, cases, tmp_path, margin)
+    return export_and_check(door, step, example, shapes, cases, tmp_path, causal)
 
 
-def check_step(door, step, tmp_path, margin=None):
+def check_step(door, step, tmp_path, causal=False):
     """One step, of one token or several, after prompts of five lengths."""
     example, shapes = cached_example(step, past=4)
     cases = []
@@ -51,7 +51,7 @@ def check_step(door, step, tmp_path, margin=None):
             kwargs = ids(batch, tokens)
             kwargs["attention_mask"] = torch.ones(batch, length + tokens, dtype=torch.long)
             cases.append((tau, kwargs | dict(past=past)))
-    return export_and_check(door, step, example, shapes, cases, tmp_path, margin)
+    return export_and_check(door, step, example, shapes, cases, tmp_path, causal)
 
 
 @pytest.fixture(scope="module")
@@ -101,4 +101,4 @@ def test_minilm_with_its_projections(door, tmp_path):
 @pytest.mark.parametrize("door", FILES)
 @pytest.mark.parametrize("check", [check_prompt, check_step])
 def test_smollm2_with_its_projections(door, check, tmp_path):
-    assert check(door, smollm2(), tmp_path, margin=MARGIN).blocks >= 30 * 3
+    assert check(door, smollm2(), tmp_path, causal=True).blocks >= 30 * 3

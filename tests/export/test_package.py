@@ -8,6 +8,7 @@ import pytest
 import skimp
 import torch
 from skimp.codegen import package
+from skimp.codegen.exported import capture
 from skimp.codegen.loaded import INDEX
 from skimp.ir.errors import ArtefactError, ExportError
 from torch import nn
@@ -119,3 +120,17 @@ def test_a_model_that_is_not_worth_it_leaves_what_was_there(made, tmp_path):
         skimp.export(nn.Linear(2, 2), {"input": torch.ones(2, 2)}, path)
     with pytest.raises(ExportError, match=r"must end in \.pt2"):
         skimp.export(made[0], ids(), tmp_path / "m.zip", to="pt2")
+
+
+@torch.no_grad()
+def test_a_tie_is_named_where_outputs_differ(made):
+    """The artefact may be right then: rounding decides which side a score falls."""
+    model = made[0]
+    assert capture(model, ids()).tied == ()
+    scores = model.block.router(model.embed(ids()["input_ids"]))[1, 2]
+    skimp.set_tau(model, float(scores.median() / scores.max()))
+    program = capture(model, ids())
+    assert program.tied == ("block",)
+    assert max(e["max"] for e in program.compare(lambda _: program.expected, 0.0).values()) == 0
+    with pytest.raises(ExportError, match=r"In block a score ties.*another example"):
+        program.compare(lambda _: [2 * y for y in program.expected], 1e-4)
