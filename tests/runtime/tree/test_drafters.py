@@ -229,8 +229,9 @@ def test_the_threshold_follows_what_it_is_worth(model, texts):
         drafter = sparse(target, [0.0, 0.9], seconds)
         for prompt in prompts[:2]:
             run(model, [drafter], [prompt], target=target)
-        likely = drafter.taus[max(range(2), key=drafter._gain)]  # now and then another is tried
-        assert likely == want
+        if drafter._steps % 24 == 0:  # the run ended in the step in which the other one is tried
+            drafter._choose()
+        assert drafter.tau == want
 
 
 def test_a_model_without_experts_has_no_sparse_self(model):
