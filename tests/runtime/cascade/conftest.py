@@ -98,11 +98,6 @@ class Running:
         self.thread.join(20)
 
 
-@pytest.fixture(scope="session")
-def running():
-    return Running
-
-
 @pytest.fixture
 def serve(tmp_path):
     """A function that serves a configuration."""
