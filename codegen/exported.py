@@ -17,11 +17,10 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from ..ir.block import DynkFFN
 from ..ir.cost import dense_flops
 from ..ir.errors import ExportError
+from ..ir.op import ties
+from ..passes.base import looking
 from ..passes.lift import blocks, lifted_layers
 from ..passes.trace import free_dimensions
-
-TIE = 2e-6
-"""Relative to the largest score: so near to its limit, rounding decides (16 units of float32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +162,9 @@ def capture(
     share = coverage(model)
     check_floor(share, floor)
     plain = Plain(model, example).eval()
-    with watch_ties(model) as ties:
+    with watch_ties(model) as seen:
         named, expected = run_model(model, example)
-    tied = tuple(dict.fromkeys(name for name, rows in ties if bool(rows.any())))
+    tied = tuple(dict.fromkeys(name for name, rows in seen if bool(rows.any())))
     outputs = tuple(f"{n}_out" if n in plain.names else n for n in named)
     if dynamic_shapes is None:
         given: dict[str, Any] = {
@@ -250,7 +249,7 @@ def check_floor(share: float, floor: float) -> None:
 
 
 def check_errors(
-    errors: Mapping[str, Mapping[str, float]], tolerance: float, tied: Sequence[str] = ()
+    errors: Mapping[str, Mapping[str, float]], tolerance: float, tied: Sequence[str]
 ) -> None:
     """Refuse an artefact that is not the model.
 
@@ -287,20 +286,10 @@ def watch_ties(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     found: list[tuple[str, Tensor]] = []
 
     def note(name: str, block: DynkFFN, x: Tensor) -> None:
-        scores = block.router(x).float()
-        top = scores.amax(-1, keepdim=True)
-        near = (scores - block.tau * top).abs() <= TIE * top
-        found.append((name, (near & (block.tau > 0)).any(-1)))
+        found.append((name, ties(block.router(x), block.tau)))
 
-    hooks = [
-        block.register_forward_pre_hook(lambda b, args, n=name: note(n, b, args[0]))
-        for name, block in blocks(model).items()
-    ]
-    try:
+    with looking(model, note):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

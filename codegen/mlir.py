@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.errors import ExportError
 from ..ir.op import hidden, select
-from .exported import Program, Report, check_errors, differences, drafts
+from .exported import Program, Report, drafts
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RAW = ".raw.mlir"
@@ -163,10 +163,7 @@ def check_lowered(captured: Program, program: ExportedProgram, tolerance: float)
         ExportError: It differs from the model.
     """
     with torch.no_grad():
-        got = program.module()(*captured.example)
-    errors = differences(captured.outputs, captured.expected, got)
-    check_errors(errors, tolerance, captured.tied)
-    return errors
+        return captured.compare(lambda given: program.module()(*given.values()), tolerance)
 
 
 def write_mlir(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:

@@ -70,6 +70,24 @@ def select(scores: Tensor, tau: Tensor) -> Tensor:
     return torch.bitwise_not(wide < limit)
 
 
+TIE = 2e-6
+"""By so little rounding can move a threshold (16 units of float32)."""
+
+
+def ties(scores: Tensor, tau: Tensor) -> Tensor:
+    """The rows in which rounding decides which experts run.
+
+    Args:
+        scores: As in :func:`select`.
+        tau: Likewise. At 0 nothing ties, for every expert runs.
+
+    Returns:
+        Bool ``[..]``.
+    """
+    moved = select(scores, tau + TIE) ^ select(scores, tau - TIE)
+    return (moved & (tau > 0)).any(-1)
+
+
 def hidden(
     x: Tensor,
     w_in: Tensor,

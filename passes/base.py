@@ -236,23 +236,42 @@ def watch(
     mask: Tensor | None = None
     last: tuple[Tensor, Tensor] | None = None  # several blocks may read one tensor, in a row
 
+    def see(name: str, block: Any, x: Tensor) -> None:
+        nonlocal last
+        if last is None or last[0] is not x:
+            last = (x, real_rows(x.detach(), mask))
+        look(name, block, last[1])
+
+    with looking(gm, see, names):
+        for batch in data:
+            mask, last = real_tokens(batch), None
+            with torch.no_grad():
+                outputs = call(gm, batch)
+            yield batch, outputs
+
+
+@contextmanager
+def looking(
+    gm: nn.Module, look: Callable[[str, Any, Tensor], None], names: Sequence[str] | None = None
+) -> Iterator[None]:
+    """Show what enters each block, as it comes, whoever calls the model meanwhile.
+
+    Args:
+        gm: A model with blocks.
+        look: Called with a block's name, the block, and its input.
+        names: Other modules to look at, in place of the blocks.
+    """
+
     def hook(name: str, block: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal last
-            if last is None or last[0] is not args[0]:
-                last = (args[0], real_rows(args[0].detach(), mask))
-            look(name, block, last[1])
+            look(name, block, args[0])
 
         return see
 
     found = {n: gm.get_submodule(n) for n in (blocks(gm) if names is None else names)}
     handles = [b.register_forward_pre_hook(hook(n, b)) for n, b in found.items()]
     try:
-        for batch in data:
-            mask, last = real_tokens(batch), None
-            with torch.no_grad():
-                outputs = call(gm, batch)
-            yield batch, outputs
+        yield
     finally:
         for handle in handles:
             handle.remove()

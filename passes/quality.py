@@ -1,6 +1,6 @@
 """How close a converted model stays to its teacher, and what it spends."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ir.block import DynkFFN
 from ..ir.cost import dense_flops, ffn_share, spent_flops
 from ..ir.op import select
-from .base import Context, call, cosine_distance, watch
+from .base import Context, call, cosine_distance, looking, watch
 from .data import Batch
 from .lift import blocks, lifted_layers
 
@@ -99,19 +99,12 @@ def whole_model_flops(
     places = lifted_layers(gm)
     rows = dict.fromkeys(places, 0)
 
-    def counting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows[name] += args[0].numel() // args[0].shape[-1]
+    def count(name: str, _: nn.Module, x: Tensor) -> None:
+        rows[name] += x.numel() // x.shape[-1]
 
-        return count
-
-    handles = [teacher.get_submodule(n).register_forward_pre_hook(counting(n)) for n in places]
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-            call(teacher, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    with looking(teacher, count, list(places)), torch.no_grad(), counter:
+        call(teacher, batch)
     unit = rows[next(iter(places))]  # a decoder's blocks may see other lengths than its encoder's
     before = sum(dense_flops(p) * rows[n] for n, p in places.items()) / unit
     after = sum(spent_flops(p, experts.get(n)) * rows[n] for n, p in places.items()) / unit

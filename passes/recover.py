@@ -37,6 +37,7 @@ from .base import (
     first_tensor,
     hoyer,
     learning_rate,
+    looking,
     mixed_precision,
     paced,
     real_rows,
@@ -234,22 +235,13 @@ def _with_states(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run a model and keep the states that its norms give, and the input of every block."""
     tap = _Tap(gm)
-    handles = [
-        gm.get_submodule(n).register_forward_pre_hook(
-            lambda _, args, n=n: tap.states.__setitem__(n, args[0])
-        )
-        for n in names
-    ]
     inputs = [batch[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"]
-    try:
+    with looking(gm, lambda name, _, x: tap.states.__setitem__(name, x), names):
         if segments > 1:
             outputs = tap.run_in(segments, inputs)
         else:
             outputs = tap.run(*inputs, enable_io_processing=False)
         states = dict(tap.states)  # running a segment again would add to them
-    finally:
-        for handle in handles:
-            handle.remove()
     return gm.graph.process_outputs(outputs), states
 
 

@@ -87,27 +87,33 @@ def certain(ties, y):
 
 
 @torch.no_grad()
-def check_fresh(door, model, path, cases, tmp_path, *more, causal=False):
-    """Compare every output; ``cases`` are pairs of a threshold and keyword arguments.
+def expected(model, tau, kwargs, causal):
+    """Outputs of a model, each with its rows that count, ``y.shape[:-1]``.
 
     Of millions of scores one can tie with its limit, and rounding decides which side it falls. Of
     a ``causal`` model, what comes after such a score is left out; at least half of the rows stay.
+    """
+    skimp.set_tau(model, tau)
+    with watch_ties(model) as ties:
+        outputs = run_model(model, kwargs)[1]
+    every = [torch.ones(y.shape[:-1], dtype=torch.bool) for y in outputs]
+    kept = [certain(ties, y) for y in outputs] if causal else every
+    assert all(rows.float().mean() >= 0.5 for rows in kept)
+    return list(zip(outputs, kept, strict=True))
+
+
+def check_fresh(door, model, path, cases, tmp_path, *more, causal=False):
+    """Compare every output; ``cases`` are pairs of a threshold and keyword arguments.
 
     Returns:
         What the process printed.
     """
-    arrays, kept = {}, []
+    arrays = {}
     for i, (tau, kwargs) in enumerate(cases):
-        skimp.set_tau(model, tau)
-        with watch_ties(model) as ties:
-            outputs = run_model(model, kwargs)[1]
         arrays |= {f"{i}<{n}": t.numpy() for n, t in tensors_of(kwargs).items()}
-        for j, y in enumerate(outputs):
-            rows = certain(ties, y) if causal else torch.ones(y.shape[:-1], dtype=torch.bool)
-            kept.append(rows.float().mean())
+        for j, (y, rows) in enumerate(expected(model, tau, kwargs, causal)):
             arrays |= {f"{i}>{j}": y.numpy(), f"{i}?{j}": rows.numpy()}
         arrays[f"{i}="] = np.float32(tau)
-    assert min(kept) >= 0.5, kept
     np.savez(tmp_path / "cases.npz", count=len(cases), **arrays)
     # isolated where it can be: no PYTHONPATH, so nothing of the source tree can be imported
     isolated = [] if door == "pt2" else ["-I"]
