@@ -139,6 +139,7 @@ steps after it:
 
 ```py
 from skimp.runtime.cached import CachedStep, cached_example
+
 step = CachedStep(skimp.graft(converted, model, example))
 for name, past in (("prompt", 0), ("step", 4)):
     example, shapes = cached_example(step, past)
