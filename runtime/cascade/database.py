@@ -1,10 +1,11 @@
 """The database under the ledger: SQLite or PostgreSQL."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import OperationalError
 
 from .rows import LedgerError
 
@@ -37,11 +38,26 @@ def connect(url: str) -> Engine:
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(
-            "BEGIN IMMEDIATE"
-        )  # two processes must not both read, then write
+        connection.exec_driver_sql(_BEGIN)
 
     return engine
+
+
+_BEGIN = "BEGIN IMMEDIATE"  # two processes must not both read, then write
+
+
+@contextlib.contextmanager
+def transaction(engine: Engine) -> Iterator[Any]:
+    """A cursor of the driver in a transaction that may write, committed if nothing is raised."""
+    connection = engine.raw_connection()
+    try:
+        cursor = connection.cursor()
+        if engine.dialect.name == "sqlite":
+            cursor.execute(_BEGIN)
+        yield cursor
+        connection.commit()
+    finally:
+        connection.close()  # back to the pool, which rolls back what was not committed
 
 
 def reading(engine: Engine) -> Engine:
@@ -54,10 +70,12 @@ def reading(engine: Engine) -> Engine:
 
 def passing(error: Exception) -> bool:
     """Whether the database may be back in a moment: it restarts, or is locked."""
-    if not isinstance(error, OperationalError):
-        return False
-    text = str(error.orig)
-    return "sqlite" not in type(error.orig).__module__ or "locked" in text or "busy" in text
+    cause = getattr(error, "orig", error)  # SQLAlchemy's, or the driver's own
+    kinds = {(c.__module__.partition(".")[0], c.__name__) for c in type(cause).__mro__}
+    text = str(cause)
+    if ("sqlite3", "OperationalError") in kinds:
+        return "locked" in text or "busy" in text
+    return ("psycopg", "OperationalError") in kinds
 
 
 def first_line(error: Exception) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .database import connect, first_line, passing, reading
+from .database import connect, first_line, passing, reading, transaction
 from .rows import Attempt, LedgerError, Request, Reservation, meta
-from .transaction import Op, apply
+from .transaction import Books, Op, apply
 
 
 class Ledger:
@@ -113,8 +113,8 @@ class Ledger:
     def _commit(self, ops: list[Op]) -> None:
         for tries in range(8):
             try:
-                with self.engine.begin() as connection:
-                    apply(connection, ops)
+                with transaction(self.engine) as cursor:
+                    apply(Books(cursor, self.engine.dialect.name == "postgresql"), ops)
                 break
             except Exception as error:  # the thread must outlive whatever one batch does
                 if tries < 7 and passing(error):
