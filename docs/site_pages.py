@@ -28,6 +28,7 @@ WRITTEN = {
     "koala.md": "Diffusion U-Nets",
     "ablation.md": "What each ingredient is worth",
     "kernels.md": "GPU kernels",
+    "peers.md": "Beside its peers",
     "faq.md": "Questions",
 }
 """The written pages in the order of reading; what no benchmark has written yet is left out."""
