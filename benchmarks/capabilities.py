@@ -88,7 +88,7 @@ def unknown(capabilities=CAPABILITIES, root=TESTS):
 
 
 def run_tests(report, root=TESTS):
-    """Run what is named here; minutes."""
+    """Run what is named here, and no other test; minutes."""
     named = dict.fromkeys(t for tests, _ in CAPABILITIES.values() for t in tests)
     command = [sys.executable, "-m", "pytest", *named, f"--junitxml={report.absolute()}"]
     subprocess.run(command, cwd=root, stdout=sys.stderr)  # the report says what failed
@@ -124,20 +124,8 @@ def verdict(tests, found):
     return "yes", seen.count("passed")
 
 
-def read_tests(report, folder, *, run, log):
-    """Rows of skimp's column.
-
-    Args:
-        report: JUnit file of a test run, such as `make test` leaves in out/tests.xml.
-        folder: Where one is kept that is made here.
-        run: Make one, if there is none.
-        log: Is told so.
-    """
-    if report is None:
-        report = folder / "tests.xml"
-        if run and not report.exists():
-            log("running the tests of what is claimed")
-            run_tests(report)
+def read_tests(report):
+    """Rows of skimp's column, from the JUnit file that ``make test`` leaves."""
     found = outcomes(report) if report.exists() else {}
     rows = []
     for claim, (tests, seen) in CAPABILITIES.items():

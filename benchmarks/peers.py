@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from capabilities import read_tests
+from capabilities import read_tests, run_tests
 from decode import check, prompts
 from peers_decoder import OWN_TEXT, REFERENCE, Decoder
 from peers_encoder import QUALITY_SHAPE, Encoder
@@ -190,7 +190,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="new ones, at most")
     parser.add_argument("--only", choices=("encoder", "decoder"), help="one of the two parts")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), help="these and no others")
-    parser.add_argument("--junit", type=Path, help="report of a test run; else some are run")
+    parser.add_argument("--junit", type=Path, default=ROOT / "out/tests.xml", help="of `make test`")
+    parser.add_argument("--tests", action="store_true", help="run those of the claims, minutes")
     parser.add_argument("--folder", type=Path, default=ROOT / "out/peers")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="one shape, two short texts, no page")
@@ -220,8 +221,9 @@ def main():
         for kind, run in (("encoder", run_encoder), ("decoder", run_decoder)):
             if args.only in (None, kind):
                 run(args, records, [n for n, why in missing[kind].items() if not why], log, told)
-        tests = read_tests(args.junit, args.folder, run=not args.quick, log=log)
-    result = result_of(records, missing, tests)
+    if args.tests:
+        run_tests(args.junit)
+    result = result_of(records, missing, read_tests(args.junit))
     write_atomically(args.out, json.dumps(result, indent=1).encode())
     if args.out == RESULT:
         write_page(result, PAGE)
