@@ -16,6 +16,8 @@ import torch
 from skimp.ir.cost import cache_dir
 from skimp.ir.errors import SkimpError
 
+FILE_TYPES = dict(F32="ALL_F32", BF16="MOSTLY_BF16", Q8_0="MOSTLY_Q8_0")
+
 
 def installed():
     """Whether it can be compared with."""
@@ -36,13 +38,12 @@ def gguf_file(kind):
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(None, "llama")
     wanted = gguf.GGMLQuantizationType[kind]
-    file_types = dict(F32="ALL_F32", BF16="MOSTLY_BF16", Q8_0="MOSTLY_Q8_0")
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         value = field.contents()
         if field.name == "general.file_type":
-            value = int(gguf.LlamaFileType[file_types[kind]])
+            value = int(gguf.LlamaFileType[FILE_TYPES[kind]])
         inner = field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(field.name, value, field.types[0], inner)
     for tensor in reader.tensors:
@@ -64,18 +65,20 @@ def written(writer, target):
     return target
 
 
-def encoder_file(model, target):
-    """Write transformers' BERT in float32, without its words: rows of tokens are handed over.
+def encoder_file(model, target, kind="F32"):
+    """Write transformers' BERT without its words: rows of tokens are handed over.
 
     Args:
         model: A ``BertModel``.
         target: Path of the file.
+        kind: Of the matrices of its layers; the rest is in float32.
     """
     import gguf
 
     config = model.config
     writer = gguf.GGUFWriter(None, "bert")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    wanted, plain = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -90,7 +93,9 @@ def encoder_file(model, target):
     for name, value in model.state_dict().items():
         if not name.startswith(("pooler.", "embeddings.position_ids")):
             known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            writer.add_tensor(known, value.float().contiguous().numpy())
+            kept = plain if value.dim() < 2 or "embeddings." in name else wanted
+            data = gguf.quants.quantize(value.float().contiguous().numpy(), kept)
+            writer.add_tensor(known, data, raw_dtype=kept)
     return written(writer, target)
 
 

@@ -1,7 +1,7 @@
 """The encoder by every peer: one call from a batch to states ``[batch, length, d]``."""
 
 from copy import deepcopy
-from functools import cached_property
+from functools import cache, cached_property, partial
 from types import FunctionType
 
 import torch
@@ -97,8 +97,11 @@ class Encoder:
 
         return call
 
-    def _llama(self):
-        return self._llama_call
+    def _llama(self, kind="F32"):
+        return partial(self._llama_call, self._llama_model(kind))
+
+    def _llama_q8(self):
+        return self._llama("Q8_0")
 
     def _torchao(self):
         def run(**inputs):
@@ -126,21 +129,19 @@ class Encoder:
     def _quantised(self):
         return quantised(self.dense)
 
-    @cached_property
-    def _llama_model(self):
-        path = self.folder / "encoder.gguf"
+    @cache  # noqa: B019 - one encoder lives as long as the process
+    def _llama_model(self, kind):
+        path = self.folder / f"encoder-{kind}.gguf"
         if not path.exists():
-            encoder_file(self.dense, path)
+            encoder_file(self.dense, path, kind)
         return LlamaCpp(path, 4 * CALL, sequences=64)
 
-    def _llama_call(self, inputs):
+    def _llama_call(self, model, inputs):
         """It knows no padding: real tokens go in, and states of padding are left 0."""
         kept = inputs["attention_mask"].bool()
         rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], kept, strict=True)]
         at = max(1, min(64, CALL // kept.shape[1]))
-        found = torch.cat(
-            [self._llama_model.encode(rows[i : i + at]) for i in range(0, len(rows), at)]
-        )
+        found = torch.cat([model.encode(rows[i : i + at]) for i in range(0, len(rows), at)])
         states = torch.zeros(*kept.shape, found.shape[1])
         states[kept] = found
         return states
@@ -171,5 +172,5 @@ def quantised(model):
 MAKERS = {
     "skimp": Encoder._skimp, "eager": Encoder._eager, "torch.compile": Encoder._compiled,
     "ONNX Runtime": Encoder._onnx, "OpenVINO": Encoder._openvino, "llama.cpp": Encoder._llama,
-    "torchao": Encoder._torchao,
+    "llama.cpp Q8_0": Encoder._llama_q8, "torchao": Encoder._torchao,
 }  # fmt: skip

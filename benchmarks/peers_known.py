@@ -39,7 +39,7 @@ class Peer:
 
 
 LLAMA = "pip install llama-cpp-python"
-BUILT = "its defaults, on PyTorch's number of threads; it keeps keys and values in float16"
+BUILT = "its defaults, on PyTorch's number of threads; keys and values of text are in float16"
 PLAIN = "PyTorch's own exporter and ONNX Runtime's session; not onnxruntime-genai"
 OV = "from the exported program, float32 and latency asked for"
 TEXT = ("encoder", "it writes text, which an encoder does not")
@@ -61,7 +61,7 @@ PEERS = {
         Peer("OpenVINO", "openvino", "openvino", note=OV + "; a decoder with its cache inside"),
         Peer("llama.cpp", "llama-cpp-python", "llama_cpp", LLAMA, tolerance=2e-2, note=BUILT),
         Peer("llama.cpp Q8_0", "llama-cpp-python", "llama_cpp", LLAMA, "8-bit weights", 1e-1,
-             BUILT, (("encoder", "was not tried"),)),
+             BUILT),
         Peer("torchao", "torchao", "torchao", precision="8-bit weights", tolerance=1e-1,
              note="float32 is not what it is for, so its weights have 8 bits; with torch.compile"),
     )

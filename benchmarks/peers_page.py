@@ -1,6 +1,8 @@
 """What benchmarks/peers.py found, and docs/peers.md of it."""
 
+import platform
 import statistics
+from importlib.metadata import version
 
 import torch
 from decode_report import after_first, rate, ratio
@@ -15,7 +17,9 @@ SLOWER = 0.97
 
 def result_of(records, missing, tests):
     """Everything as figures: a row per peer, measured or with the reason why not."""
-    found = {"machine": machine(), "torch": torch.__version__, "load": []}
+    versions = {"Python": platform.python_version(), platform.system(): platform.release()}
+    versions |= {name: version(name) for name in ("transformers", "tokenizers", "numpy", "onnx")}
+    found = dict(machine=machine(), torch=torch.__version__, versions=versions, load=[])
     for kind, whys in missing.items():
         rows = {name: records.read(kind, name) for name in PEERS}
         found["load"] += [r["load"] for kept in rows.values() for r in kept.values()]
@@ -61,12 +65,12 @@ def seen(row, found):
     for name in (n for n in PEERS if not n.startswith("skimp")):
         mine = {k: next(r for r in found[k] if r["name"] == name) for k in SUBJECTS}
         ran = {k: r for k, r in mine.items() if "why" not in r}
+        exact = PEERS[name].precision == "float32" and name != "HF generate"
         if row["seen"] == "shapes" and len(ran.get("encoder", {}).get("shapes", ())) > 1:
             peers[name] = "yes"
-        elif row["seen"] == "text" and "decoder" in ran and name != "HF generate":
-            same = ran["decoder"]["same"] + ran["decoder"]["ties"] >= ran["decoder"]["texts"]
-            peers[name] = "yes" if same else "no"
-        elif row["seen"] == "int8" and ran and PEERS[name].precision != "float32":
+        elif row["seen"] == "text" and "decoder" in ran and exact:
+            peers[name] = f"{ran['decoder']['same']} of {ran['decoder']['texts']}"
+        elif row["seen"] == "int8" and ran and "8-bit" in PEERS[name].precision:
             peers[name] = "yes"
     return row | dict(peers=peers)
 
@@ -136,8 +140,10 @@ def encoder(result):
     text += "\nHow many times as fast skimp is, neighbouring runs against each other:\n\n"
     text += table(["against", *order], ratios)
     text += f"\n**Faster than skimp:** {', '.join(wins) or 'none of these'}.\n"
-    text += "Closer to the dense model than skimp: every peer in float32, by construction. skimp's "
-    return text + "speed is bought with the cosine and the overlap that the table shows.\n"
+    rated = {r["name"]: r["quality"]["cosine"] for r in rows if r.get("quality")}
+    closer = [n for n, cosine in rated.items() if cosine > rated.get("skimp", 1)]
+    text += f"\n**Closer to the dense model than skimp:** {', '.join(closer) or 'none of these'}. "
+    return text + "Its speed is bought with what the two columns of quality show.\n"
 
 
 def decoder(result):
@@ -181,7 +187,9 @@ def decoder(result):
 def who(result):
     """Versions, and how each was run."""
     rows = [[r["name"], r["version"] or "not installed", r["note"]] for r in result["encoder"]]
-    return "\n## Versions, and how each was run\n\n" + table(["", "version", "how"], rows)
+    others = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    text = "\n## Versions, and how each was run\n\n" + table(["", "version", "how"], rows)
+    return text + f"\nAlso {others}.\n"
 
 
 def claims(rows):
