@@ -14,7 +14,10 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 CAPABILITIES = {
     "runs an encoder, at any batch and length": (
-        ("runtime/test_demo.py::test_the_main_job_and_its_report",),
+        (
+            "runtime/test_demo.py::test_the_main_job_and_its_report",
+            "runtime/test_backend.py::test_five_shapes_two_compilations_and_tau_at_run_time",
+        ),
         "shapes",
     ),
     "writes a decoder's greedy text, token by token that of `model.generate`": (

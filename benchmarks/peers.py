@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=8, help="about, per shape")
     parser.add_argument("--prompts", type=int, default=5)
     parser.add_argument("--windows", type=int, default=3, help="of 256 tokens, for perplexity")
-    parser.add_argument("--tokens", type=int, default=48, help="new ones, at most")
+    parser.add_argument("--tokens", type=int, default=40, help="new ones, at most")
     parser.add_argument("--only", choices=("encoder", "decoder"), help="one of the two parts")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), help="these and no others")
     parser.add_argument("--junit", type=Path, default=ROOT / "out/tests.xml", help="of `make test`")
