@@ -28,6 +28,7 @@ bench: $(STAMP) ## time the kernels and the encoder against what there is
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/split.py
 
+# transformers loads torchao wherever it is installed, which is slow and loud: try VENV=.peers
 peers: $(STAMP) ## compare with other runtimes, ten minutes; wants `make demo` before
 	$(BIN)/pip install -q -c constraints.txt -e '.[peers]'
 	$(BIN)/python benchmarks/peers.py

@@ -39,6 +39,9 @@ RESULT, PAGE = ROOT / "benchmarks/results/peers.json", ROOT / "docs/peers.md"
 LONGEST = 400
 """Prompts of more tokens are left out: each size of a static cache costs a compilation."""
 
+REST = 0.2
+"""Seconds before each turn: idle threads of ONNX Runtime and of llama.cpp spin for a while."""
+
 
 class Records:
     """What is known of peers as they are installed, a file each: ``KIND/PEER/WHAT.json``."""
@@ -107,7 +110,7 @@ def run_encoder(args, records, names, log, told):
         # a call should find its own caches; one of a large shape fills them while it runs
         warm = 1 if shape[0] * shape[1] > 256 else 3
         length = dict(seconds=0.2, least=2) if args.quick else dict(seconds=args.seconds, least=5)
-        found = compare(calls, "skimp", rest=0.2, warm=warm, **length).as_dict()
+        found = compare(calls, "skimp", rest=REST, warm=warm, **length).as_dict()
         for name in (n for n in ways if n in todo):
             one = dict(timing=found["timings"][name], speedup=found["speedup"].get(name))
             records.put("encoder", name, what, one)
@@ -157,6 +160,7 @@ def run_decoder(args, records, names, log, told):
         shift = done % max(len(some), 1)
         order = sorted(some[shift:] + some[:shift], key=lambda n: n in references)
         for name in order:
+            time.sleep(REST)
             record = bench.run(name, prompt)
             try:
                 ties = check(folder, name, what, record["texts"], bench.gap(prompt), references)
