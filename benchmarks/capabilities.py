@@ -108,6 +108,14 @@ def outcomes(report):
     return found
 
 
+def when(report):
+    """The day of a JUnit report, and how many tests it has; nothing without one."""
+    if not report.exists():
+        return ""
+    suites = list(ET.parse(report).iter("testsuite"))
+    return f"{suites[0].get('timestamp')[:10]}, {sum(int(s.get('tests')) for s in suites)} tests"
+
+
 def verdict(tests, found):
     """What a report says of tests together, and how many passed."""
     if not tests:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from capabilities import read_tests, run_tests
+from capabilities import read_tests, run_tests, when
 from decode import check, prompts
 from peers_decoder import OWN_TEXT, REFERENCE, Decoder
 from peers_encoder import QUALITY_SHAPE, Encoder
@@ -232,7 +232,7 @@ def main():
     if args.tests:
         run_tests(args.junit)
     log(f"{(time.monotonic() - start) / 60:.1f} minutes")
-    result = result_of(records, missing, read_tests(args.junit))
+    result = result_of(records, missing, read_tests(args.junit)) | dict(tests=when(args.junit))
     write_atomically(args.out, json.dumps(result, indent=1).encode())
     if args.out == RESULT:
         write_page(result, PAGE)
