@@ -103,7 +103,7 @@ def write_page(result, page):
     text = HEAD + about + f"{result['load']:.1f}.\n"
     if result["load"] > BUSY:
         text += "\nOthers used the machine, so take no figure of speed here for more than a hint.\n"
-    text += encoder(result) + decoder(result) + who(result) + claims(result["capabilities"])
+    text += encoder(result) + decoder(result) + who(result) + claims(result)
     page.write_text(text)
 
 
@@ -194,16 +194,16 @@ def who(result):
     return text + f"\nAlso {others}.\n"
 
 
-def claims(rows):
+def claims(result):
     """The table of capabilities."""
+    rows, run = result["capabilities"], result["tests"]
     names = [n for n in PEERS if any(n in r["peers"] for r in rows)]
     cells = []
     for row in rows:
         own = f"yes ({row['passed']} tests)" if row["verdict"] == "yes" else row["verdict"]
         cells.append([row["claim"], own, *(row["peers"].get(n, "") for n in names)])
+    last = f"of {run}" if run else "of which there is no report yet: `make test` leaves one"
     text = "\n## What each can do\n\nMade from tests, not typed. skimp's column says yes where the "
-    text += (
-        "tests of a claim ran and passed in the last run; a peer's says what this benchmark saw "
-    )
-    text += "of it, and is empty where it did not look, which says nothing about the peer.\n\n"
-    return text + table(["", "skimp", *names], cells)
+    text += f"tests of a claim ran and passed in the last run ({last}). A peer's says what this "
+    text += "benchmark saw of it, and is empty where it did not look, which says nothing about the "
+    return text + "peer.\n\n" + table(["", "skimp", *names], cells)

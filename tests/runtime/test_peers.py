@@ -177,6 +177,8 @@ def test_claims_are_read_from_tests_that_ran(peers, tmp_path):
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"--junitxml={report}"],
         cwd=tmp_path, capture_output=True, check=False,
     )  # fmt: skip
+    assert capabilities.when(report).endswith(", 4 tests")
+    assert capabilities.when(tmp_path / "none.xml") == ""
     found = capabilities.outcomes(report)
     said = {
         test: capabilities.verdict((f"test_some.py{test}",), found)
