@@ -3,6 +3,7 @@
 They are made from what the code says of itself at build time, so they cannot fall behind it.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -44,6 +45,7 @@ def on_config(config):
         {"Commands": ["commands/index.md", *(f"commands/{n}.md" for n in sorted(commands()))]},
         {"Passes": ["passes/index.md", *(f"passes/{n}.md" for n in sorted(passes()))]},
         {"Python": "api.md"},
+        {"Examples": "examples.md"},
         pages[-1],
     ]
     return config
@@ -51,7 +53,12 @@ def on_config(config):
 
 def on_files(files, config):
     """Add the generated pages."""
-    made = {"api.md": api(), "commands/index.md": all_commands(), "passes/index.md": all_passes()}
+    made = {
+        "api.md": api(),
+        "examples.md": examples(),
+        "commands/index.md": all_commands(),
+        "passes/index.md": all_passes(),
+    }
     made |= {f"commands/{n}.md": command_page(n, c) for n, c in commands().items()}
     made |= {f"passes/{n}.md": pass_page(c) for n, c in passes().items()}
     for path, text in made.items():
@@ -186,4 +193,19 @@ def api():
         where = getattr(skimp, name)
         text += f"\n::: {where.__module__}.{where.__qualname__}\n"
         text += f"    options:\n      heading: skimp.{name}\n      toc_label: {name}\n"
+    return text
+
+
+def examples():
+    """What each example says of itself; small.py and member.py only serve others."""
+    root = Path(__file__).parent.parent / "examples"
+    text = (
+        "# Examples\n\nEach is one job in under 80 lines with a `main()`. Those with `--quick` run "
+        "in seconds on a small random model, as in continuous integration. `examples/tour.ipynb` "
+        "is a notebook to read from top to bottom: convert, look, turn the knob, generate.\n"
+    )
+    for path in sorted(root.rglob("*.py")):
+        if path.name not in ("small.py", "member.py"):
+            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+            text += f"\n## examples/{path.relative_to(root)}\n\n{pictures(doc)}\n"
     return text
