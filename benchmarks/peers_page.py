@@ -141,11 +141,17 @@ def encoder(result):
     text += table(["", "precision", "cosine", "overlap", *order], cells)
     text += "\nHow many times as fast skimp is, neighbouring runs against each other:\n\n"
     text += table(["against", *order], ratios)
-    text += f"\n**Faster than skimp:** {', '.join(wins) or 'none of these'}.\n"
+    text += f"\n**Faster than skimp:** {won(wins, rows)}.\n"
     rated = {r["name"]: r["quality"]["cosine"] for r in rows if r.get("quality")}
     closer = [n for n, cosine in rated.items() if cosine > rated.get("skimp", 1)]
     text += f"\n**Closer to the dense model than skimp:** {', '.join(closer) or 'none of these'}. "
     return text + "Its speed is bought with what the two columns of quality show.\n"
+
+
+def won(wins, rows):
+    """Peers that were faster, if any was timed at all."""
+    timed = any("why" not in r and not r["name"].startswith("skimp") for r in rows)
+    return ", ".join(wins) or ("none of these" if timed else "no peer was timed")
 
 
 def decoder(result):
@@ -183,7 +189,7 @@ def decoder(result):
     head = ["", "precision", "same text", "perplexity", "tokens/s", "without the prompt",
             "first token, ms", f"{best} / it"]  # fmt: skip
     text += table(head, cells)
-    return text + f"\n**Faster than skimp:** {', '.join(wins) or 'none of these'}.\n"
+    return text + f"\n**Faster than skimp:** {won(wins, result['decoder'])}.\n"
 
 
 def who(result):
