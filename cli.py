@@ -1,5 +1,6 @@
 """The command line; ``cli_tree`` decodes, ``cli_cascade`` serves, ``cli_economics`` counts."""
 
+import errno
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -26,7 +28,7 @@ from .cli_router import router
 from .cli_tree import generate, train_drafter
 from .cli_unet import distill_unet, prune_unet
 from .ir.cost import cache_dir
-from .ir.errors import SkimpError
+from .ir.errors import SkimpError, out_of_memory, unwritable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -304,5 +306,18 @@ def main() -> None:
     try:
         app()
     except SkimpError as error:
-        _err.print(f"[red]error:[/] {error}", highlight=False)
-        raise SystemExit(1) from None
+        told = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        told = str(unwritable(error.filename or "what was being written", error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        told = (
+            f"not enough memory ({str(error).splitlines()[0] if str(error) else 'no more'}); give "
+            "it less at once (fewer or shorter texts, a smaller model) or more memory. Nothing "
+            "half-written is left; a command that goes on after an interruption will."
+        )
+    _err.print("[red]error:[/]", escape(told), highlight=False)
+    raise SystemExit(1)

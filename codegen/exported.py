@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from ..ir.block import DynkFFN
-from ..ir.cost import dense_flops
-from ..ir.errors import ExportError
+from ..ir.cost import DRAFT, dense_flops, sweep
+from ..ir.errors import ExportError, unwritable
 from ..ir.op import ties
 from ..passes.base import looking
 from ..passes.lift import blocks, lifted_layers
@@ -297,16 +297,15 @@ def drafts(path: Path) -> Iterator[Path]:
     """A folder beside a path for what shall replace it once it is complete.
 
     Raises:
-        ExportError: It cannot be written.
+        UnwritableError: It cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
+        sweep(path.parent)
+        with tempfile.TemporaryDirectory(prefix=f"{DRAFT}{path.name}.", dir=path.parent) as scratch:
             yield Path(scratch)
     except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written ({error.strerror or error}); what was there is unharmed"
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def needs(extra: str, *packages: str) -> None:

@@ -8,6 +8,7 @@ Functions have no conditions on attributes, so the activation and the gate are p
 operator's name; biases that a block lacks are zeros. Thresholds are inputs with defaults.
 """
 
+import glob
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +215,8 @@ def write_onnx(
     Args:
         captured: The model, on the CPU.
         path: Replaced only when the new file is complete, passes the checker and agrees. Weights
-            of more than :data:`LARGE` bytes lie beside it, in a file with ``.data`` at its end.
+            of more than :data:`LARGE` bytes lie beside it, in a file with ``.DIGEST.data`` at its
+            end.
         tolerance: Largest relative difference of an output to the model's.
         opset: Of the standard operators, at least :data:`OPSET`.
         native: Write, beside it, the library that runs its blocks on skimp's kernels, in a file
@@ -228,7 +230,8 @@ def write_onnx(
     import onnxruntime
 
     proto = to_model(captured, opset)
-    data = path.with_name(f"{path.name}.data")
+    # named by its contents: until the new file takes its place, the old one needs its own
+    data = path.with_name(f"{path.name}.{digest(proto)[:12]}.data")
     with drafts(path) as scratch:
         draft = scratch / path.name
         onnx.save_model(
@@ -246,9 +249,13 @@ def write_onnx(
             write_atomically(path.with_name(f"{path.name}.so"), library)
         beside = scratch / data.name
         size = sum(f.stat().st_size for f in scratch.iterdir())
-        if beside.exists():
+        apart = beside.exists()
+        if apart:
             os.replace(beside, data)
         os.replace(draft, path)
+        for old in path.parent.glob(glob.escape(path.name) + "." + "[0-9a-f]" * 12 + ".data"):
+            if not (apart and old == data):
+                old.unlink(missing_ok=True)
     if native:
         note = f"{path.name}.so is for register_custom_ops_library, on CPUs with {detect_isa()}"
     else:

@@ -7,6 +7,12 @@ them finds no model here, rather than one that runs as something else.
 
 import hashlib
 import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .block import DynkFFN, Projection
-from .cost import write_atomically
-from .errors import MALFORMED, ArtefactError
+from .cost import DRAFT, sweep, write_atomically
+from .errors import MALFORMED, ArtefactError, unwritable
 
 VERSION = 1
 INDEX = "skimp.json"
@@ -67,17 +73,79 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
         "linears": [n for n, p in model.named_modules() if isinstance(p, Projection)],
         "record": record,
     }
-    try:
+    with alone(folder):  # else one process removes the weights that another is about to name
         write_atomically(folder / str(index["weights"]), data)
         write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
+        for old in folder.glob("weights-*.safetensors"):
+            if old.name != index["weights"]:
+                old.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, doing: str = "") -> Iterator[None]:
+    """Hold the lock of a folder, which a process loses however it ends.
+
+    Args:
+        folder: Made if need be.
+        doing: What would take long to wait for; it is refused instead.
+
+    Raises:
+        ArtefactError: Another process does that, or the folder cannot be written.
+    """
+    # two locks: what takes long also writes, and must not wait for itself
+    lock = folder / ".lock" if doing else folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT if doing else os.O_RDONLY, 0o644)
     except OSError as error:
-        raise ArtefactError(
-            f"{folder} cannot be written ({error.strerror or error}); free some space or choose "
-            "another folder. What was there before is unharmed."
-        ) from error
-    for old in folder.glob("weights-*.safetensors"):
-        if old.name != index["weights"]:
-            old.unlink(missing_ok=True)
+        raise unwritable(folder, error) from error
+    try:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if doing else 0))
+            except BlockingIOError as error:
+                raise ArtefactError(
+                    f"another process is {doing} {folder}; wait for it, or choose another folder"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, whose files go there once all are written.
+
+    The old ``config.json`` goes first and the new one comes last: a reader finds the old model, the
+    new one, or for an instant none, but never the configuration of one with weights of the other.
+
+    Raises:
+        UnwritableError: It cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    part: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
+        part = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{folder.name}.", dir=folder.parent))
+        yield part
+        with alone(folder):
+            (folder / "config.json").unlink(missing_ok=True)
+            files = sorted(part.iterdir(), key=lambda p: p.name == "config.json")
+            for old in {*folder.glob("*.safetensors*")} - {folder / f.name for f in files}:
+                old.unlink()  # shards that would be taken for the new model's
+            for file in files:
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:  # the second is of a full disk, too
+        raise unwritable(folder, error) from error
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

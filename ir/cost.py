@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .block import DynkFFN, Projection
-from .errors import CalibrationError
+from .errors import CalibrationError, unwritable
 
 if TYPE_CHECKING:
     import sympy
@@ -115,19 +116,43 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SKIMP_CACHE") or Path(base) / "skimp")
 
 
+DRAFT = ".skimp-"
+"""How names of what is not complete yet begin."""
+_STALE_SECONDS = 24 * 3600.0
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Write a file under a temporary name and rename it, so that no reader sees half of it.
+
+    Raises:
+        UnwritableError: It cannot be written; what was there is unharmed.
+    """
+    name = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{DRAFT}{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+    except BaseException as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes killed long ago left behind."""
+    for draft in folder.glob(f"{DRAFT}*"):
+        try:
+            if time.time() - draft.stat().st_mtime > _STALE_SECONDS:
+                draft.unlink() if draft.is_file() else shutil.rmtree(draft, ignore_errors=True)
+        except OSError:
+            continue  # another process was faster
 
 
 @dataclass(slots=True)

@@ -29,6 +29,16 @@ class ArtefactError(SkimpError):
     """A file on disk is missing, truncated, foreign, or of an unknown version."""
 
 
+class UnwritableError(ArtefactError, OSError):
+    """A file that cannot be written: a full disk, a limit, a folder of somebody else's."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.filename} cannot be written ({self.strerror}); free some space or choose "
+            "another place. What was there before is unharmed."
+        )
+
+
 class TraceError(SkimpError):
     """A model that cannot be captured as one graph."""
 
@@ -43,6 +53,20 @@ class ExportError(SkimpError):
 
 class PlanError(SkimpError):
     """A removal from a U-Net that is not legal, or that no configuration can say."""
+
+
+def unwritable(path: object, error: Exception) -> UnwritableError:
+    """An error of ours from one of the system's."""
+    if isinstance(error, UnwritableError):
+        return error
+    reason = getattr(error, "strerror", None) or str(error)
+    return UnwritableError(getattr(error, "errno", None) or 0, reason, str(path))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was all that lacked; torch says so in the text of a RuntimeError."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in told or "out of memory" in told
 
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ..ir.artefact import alone
 from ..ir.errors import BadWeightsError, CalibrationError
 from .base import (
     Context,
@@ -173,9 +175,9 @@ def convert(
     student = copy.deepcopy(teacher)
     for block in blocks(teacher).values():
         block.dense = True
-    gm, history = run(
-        steps, student, context, folder=Path(folder) if folder else None, identity=identity
-    )
+    place = Path(folder) if folder else None
+    with nullcontext() if place is None else alone(place, "converting into"):
+        gm, history = run(steps, student, context, folder=place, identity=identity)
     gm.meta["skimp.pipeline"] = spec(steps)
     return Converted(gm, teacher, found, history)
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ..ir import artefact
 from ..ir.cost import write_atomically
-from ..ir.errors import ArtefactError, VerificationError
+from ..ir.errors import ArtefactError, VerificationError, out_of_memory
 from ..ir.text import BlockLine
 from .base import Context, Pass, call, not_finite
 from .data import Batch
@@ -84,6 +84,8 @@ def verify(gm: GraphModule, batch: Batch, name: str, before: Sequence[str]) -> N
         with torch.no_grad():
             call(gm, batch)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if out_of_memory(error):
+            raise  # no fault of the pass
         raise VerificationError(f"{name}{after} left a graph that does not run: {error}") from error
     if bad := not_finite(gm):
         raise VerificationError(

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..ir.cost import write_atomically
+from ..ir.artefact import written_whole
 from ..ir.errors import MALFORMED, ArtefactError
 from ..passes.prune_unet import Pruned
 from ..passes.unet_distill import ALIGNED, DistillUNet
@@ -31,11 +31,9 @@ def save_student(made: Pruned, out: Path, teacher: str) -> None:
         "pairs": {_way(w): w.pairs(made.unet, made.plan, made.names) for w in ways},
     }
     student: Any = made.student
-    try:
-        student.save_pretrained(out)
-        write_atomically(out / RECORD, json.dumps(record, indent=1).encode())
-    except OSError as error:
-        raise ArtefactError(f"{out} cannot be written: {error.strerror or error}") from error
+    with written_whole(out) as part:
+        student.save_pretrained(part)
+        (part / RECORD).write_text(json.dumps(record, indent=1))
 
 
 def read_pairs(folder: Path, how: DistillUNet) -> dict[str, str]:

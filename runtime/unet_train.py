@@ -7,8 +7,6 @@ file: weights, their moving average, the optimiser's state, and what they belong
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..ir.artefact import written_whole
 from ..ir.cost import write_atomically
 from ..ir.errors import MALFORMED, ArtefactError, CalibrationError
 from ..passes.base import Progress, silent
@@ -161,7 +160,8 @@ def train(
     if mean:
         final.load_state_dict(mean, strict=False)
     if accelerator.is_main_process:
-        _save(final.eval(), out)
+        with written_whole(out / "unet") as part:
+            final.eval().save_pretrained(part)
     accelerator.free_memory()
     return {
         "steps": training.steps,
@@ -207,10 +207,7 @@ def _checkpoint(
             tensors[f"adam/{key}/{n}"] = value
     tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
     about = {"identity": identity, "step": str(step), "history": json.dumps(history)}
-    try:
-        write_atomically(out / "checkpoint" / _STATE, save(tensors, about))
-    except OSError as error:
-        raise ArtefactError(f"{out} cannot be written: {error.strerror or error}") from error
+    write_atomically(out / "checkpoint" / _STATE, save(tensors, about))
 
 
 def _resume(
@@ -243,16 +240,3 @@ def _resume(
             return int(about["step"]), json.loads(about["history"])
     except (SafetensorError, *MALFORMED) as error:
         raise ArtefactError(f"{path} is damaged ({error}); remove it to begin again") from error
-
-
-def _save(model: Any, out: Path) -> None:
-    """Write a model next to its place, then put it there."""
-    new, old = out / ".unet.new", out / ".unet.old"
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(new)
-    place = out / "unet"
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)

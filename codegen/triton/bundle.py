@@ -71,10 +71,7 @@ def write(path: Path, blocks: Iterable[tuple[TritonSpec, int]], target: str) -> 
         for name, data in content.items():
             # a fixed date, so that equal kernels make equal files
             held.writestr(zipfile.ZipInfo(name), data)
-    try:
-        write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_atomically(path, buffer.getvalue())
     return list(found.values())
 
 

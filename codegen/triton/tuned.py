@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ...ir.cost import cache_dir, write_atomically
-from ...ir.errors import ArtefactError
 from .spec import Tiles, TritonSpec
 
 _found: dict[tuple[str, str], tuple[str, Tiles]] = {}
@@ -44,10 +43,7 @@ def remember(
         return
     path = _path(key)
     ours = {n: (p, asdict(t)) for (k, n), (p, t) in _found.items() if k == key}
-    try:
-        write_atomically(path, json.dumps(_load(path) | ours, indent=1).encode())
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_atomically(path, json.dumps(_load(path) | ours, indent=1).encode())
 
 
 def state() -> str:

@@ -3,10 +3,11 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ...ir.errors import MALFORMED, CalibrationError
+from ...ir.errors import MALFORMED, CalibrationError, unwritable
 from .member import MemberError, choice_message
 from .price import most_prompt_tokens
 from .traces import MemberSpec, read_lines
@@ -65,8 +66,7 @@ async def collect(
     waiting = iter([p for p in prompts if str(p["id"]) not in done])
     total, count = len(prompts), len(done)
     lock = asyncio.Lock()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
+    with _added_to(out) as file:
 
         async def worker() -> None:
             nonlocal count
@@ -85,6 +85,16 @@ async def collect(
 
         await asyncio.gather(*(worker() for _ in range(at_once)))
     return count - len(done)
+
+
+@contextmanager
+def _added_to(out: Path) -> Iterator[IO[str]]:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            yield file
+    except OSError as error:
+        raise unwritable(out, error) from error
 
 
 async def _samples(entry: Entry, spec: MemberSpec, body: dict[str, Any]) -> list[dict[str, Any]]:

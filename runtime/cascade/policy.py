@@ -270,10 +270,7 @@ def record_hash(record: Mapping[str, Any]) -> str:
 
 def save_policy(record: Mapping[str, Any], path: Path) -> None:
     """Write a policy file, complete or not at all."""
-    try:
-        write_atomically(path, json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_atomically(path, json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -257,11 +257,8 @@ def save_router(router: Router, record: Mapping[str, Any], path: Path) -> dict[s
         **record,
     }
     told["sha256"] = record_hash(told)
-    try:
-        write_atomically(path.parent / told["weights"]["file"], data)
-        write_atomically(path, json.dumps(told, indent=1, sort_keys=True).encode() + b"\n")
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_atomically(path.parent / told["weights"]["file"], data)
+    write_atomically(path, json.dumps(told, indent=1, sort_keys=True).encode() + b"\n")
     return told
 
 

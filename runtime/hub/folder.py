@@ -2,12 +2,9 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ...ir.artefact import written_whole
 from ...ir.errors import ArtefactError, SkimpError, VerificationError
 from ...ir.site import FFNSite
 from ...ir.text import BlockLine
@@ -78,7 +76,7 @@ def save_pretrained(
     pipeline = str(gm.meta.get("skimp.pipeline", ""))
     hf.attach(tree, hf.SkimpConfig(specs, inputs=spec_of(example), pipeline=pipeline))
     lines = [str(BlockLine.of(n, b)) for n, b in blocks(tree).items()]
-    with _written_whole(Path(folder)) as part:
+    with written_whole(Path(folder)) as part:
         tree.save_pretrained(part)
         config = json.loads((part / "config.json").read_text())
         config["transformers_weights"] = hf.NEEDED
@@ -134,7 +132,7 @@ def unconvert(folder: str | Path, out: str | Path) -> None:
     if written.get("quantization_config", {}).get("quant_method") != "skimp":
         raise ArtefactError(f"{source} was not written by skimp.save_pretrained")
     dense = dense_form(getattr(transformers, class_name).from_pretrained(source))
-    with _written_whole(Path(out)) as part:
+    with written_whole(Path(out)) as part:
         dense.save_pretrained(part)
         for file in source.iterdir():
             unwanted = file.suffix == ".safetensors" or file.name.startswith(("README", "model."))
@@ -243,24 +241,3 @@ def _parts(config: Any) -> Iterator[Any]:
     for value in vars(config).values():
         if hasattr(value, "to_diff_dict") and hasattr(value, "model_type"):
             yield from _parts(value)
-
-
-@contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one, whose files go there once all are written, config last."""
-    part: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield part
-        folder.mkdir(exist_ok=True)
-        for file in sorted(part.iterdir(), key=lambda p: p.name == "config.json"):
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        raise ArtefactError(
-            f"{folder} cannot be written ({error.strerror or error}); free some space or choose "
-            "another folder"
-        ) from error
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
