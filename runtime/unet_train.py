@@ -160,8 +160,8 @@ def train(
     if mean:
         final.load_state_dict(mean, strict=False)
     if accelerator.is_main_process:
-        with written_whole(out / "unet") as part:
-            final.eval().save_pretrained(part)
+        with written_whole(out / "unet") as new:
+            final.eval().save_pretrained(new)
     accelerator.free_memory()
     return {
         "steps": training.steps,
