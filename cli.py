@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,17 +171,21 @@ def convert(
     projections: Annotated[
         bool, typer.Option("--projections", help="Convert attention projections too.")
     ] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray cluster whose workers treat the layers: HOST:PORT.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert an encoder; start again after an interruption and it goes on where it was."""
     from .passes.data import embedded_text
+    from .runtime.cluster import on_ray
     from .runtime.demo import convert_text_model
     from .runtime.models import load_pretrained
 
     loaded = load_pretrained(model)
     passages = text.read_text().splitlines() if text else embedded_text()
     passages = [p for p in passages if p.strip()]
-    with _Bars() as bars:
+    with nullcontext(map) if ray is None else on_ray(ray) as each, _Bars() as bars:
         done, _ = convert_text_model(
             loaded,
             passages,
@@ -190,6 +195,7 @@ def convert(
             thorough=thorough,
             projections=projections,
             progress=bars,
+            each=each,
         )
     if as_json:
         print(json.dumps(done.history))  # noqa: T201

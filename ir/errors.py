@@ -55,6 +55,10 @@ class PlanError(SkimpError):
     """A removal from a U-Net that is not legal, or that no configuration can say."""
 
 
+class ClusterError(SkimpError):
+    """A Ray cluster that is not there, or that does not do what it is asked."""
+
+
 def unwritable(path: object, error: Exception) -> UnwritableError:
     """An error of ours from one of the system's."""
     if isinstance(error, UnwritableError):

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -16,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ir.block import DynkFFN
 from ..ir.errors import CalibrationError
-from ..ir.measure import compare
 from .data import LABELS, Batch, real_tokens
 from .lift import blocks
 
@@ -54,6 +52,18 @@ def pooled(outputs: Any, batch: Batch) -> Tensor:
         return states.flatten(1, -2).mean(1)
     weights = mask[..., None].to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+class Each(Protocol):
+    """Does the same for every block, wherever it likes, and gives the results in their order.
+
+    ``map`` does it here, one block after another; :func:`skimp.runtime.cluster.on_ray` gives one
+    that asks the workers of a cluster. What is done may change what it is given, but a worker
+    has a copy: what has changed must be returned.
+    """
+
+    def __call__(self, work: Callable[[Any], Any], items: Iterable[Any], /) -> Iterable[Any]:
+        """Results of ``work``, which like ``items`` can be pickled."""
 
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -115,6 +125,7 @@ class Context:
         seed: Of every random choice.
         kept: The data last asked for, and the teacher's outputs for each batch of it.
         loss: The user's task, if there is one; else everything is learnt from the teacher.
+        each: Does what passes do to every block alone.
     """
 
     teacher: GraphModule
@@ -126,6 +137,7 @@ class Context:
     kept: tuple[Sequence[Batch], list[Tensor]] | None = None
     loss: Loss | None = None
     distance: Callable[[Tensor, Tensor], Tensor] = cosine_distance
+    each: Each = map
 
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
@@ -337,24 +349,6 @@ def replaced(gm: GraphModule, others: dict[str, nn.Module]) -> Iterator[None]:
     finally:
         for name, module in originals.items():
             gm.set_submodule(name, module)
-
-
-@cache
-def _bfloat16_pays() -> bool:
-    """Whether this machine multiplies bfloat16 much faster, as CPUs with AMX do; measured once."""
-    a = torch.randn(512, 1024)
-    b = a.bfloat16()
-    timed = compare({"wide": lambda: a @ a.T, "narrow": lambda: b @ b.T}, "narrow", seconds=0.05)
-    return timed.speedup["wide"].median > 1.5
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """Train in bfloat16 where that pays; weights, gradients and optimisers stay float32.
-
-    Enter it anew for every step: it keeps the weights that it rounded until it is left.
-    """
-    pays = device.type != "cpu" or _bfloat16_pays()
-    return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
 def device_of(gm: nn.Module) -> torch.device:

@@ -16,6 +16,7 @@ from ..ir.artefact import alone
 from ..ir.errors import BadWeightsError, CalibrationError
 from .base import (
     Context,
+    Each,
     Loss,
     Pass,
     Progress,
@@ -111,6 +112,7 @@ def convert(
     folder: str | Path | None = None,
     progress: Progress = silent,
     seed: int = 0,
+    each: Each = map,
 ) -> Converted:
     """Convert a model: without labels, or as it is fine-tuned on a task.
 
@@ -144,6 +146,8 @@ def convert(
             only: after changing what one does, choose another folder.
         progress: Told how far a stage has come.
         seed: Of every random choice.
+        each: Where the passes that treat blocks apart do so; by default here, one after another.
+            :func:`skimp.runtime.cluster.on_ray` gives one for a cluster, of the same result.
 
     Raises:
         NothingToConvertError: No feed-forward network was found, or no attention projection
@@ -163,7 +167,7 @@ def convert(
         projections=projections,
         seed=seed,
     )
-    context = Context(teacher, train, held, output or pooled, progress, seed, loss=loss)
+    context = Context(teacher, train, held, output or pooled, progress, seed, loss=loss, each=each)
     if output is None:
         with torch.no_grad():
             if reads_logits(call(teacher, train[0])):

@@ -38,7 +38,6 @@ from .base import (
     hoyer,
     learning_rate,
     looking,
-    mixed_precision,
     paced,
     real_rows,
     replaced,
@@ -48,6 +47,7 @@ from .base import (
 )
 from .data import Batch, real_tokens
 from .lift import blocks
+from .precision import mixed_precision
 
 
 class _Gated(nn.Module):

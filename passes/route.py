@@ -38,15 +38,22 @@ class Split(Pass):
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Permute the neurons of every block."""
         inputs = capture(gm, context.train, self.rows) if self.rows else {}
-        for i, (name, block) in enumerate(blocks(gm).items()):
-            points = None
-            if self.rows:
-                with torch.no_grad():
-                    points = block.hidden(inputs.pop(name)[: self.rows]).T.contiguous()
-            split(block, points=points, seed=context.seed)
-            context.progress(self.name, i + 1, len(blocks(gm)), name)
+        found = blocks(gm)
+        jobs = ((block, inputs.pop(name, None), context.seed) for name, block in found.items())
+        for i, (name, block) in enumerate(zip(found, context.each(self._split, jobs), strict=True)):
+            gm.set_submodule(name, block)
+            context.progress(self.name, i + 1, len(found), name)
         sizes = {n: f"{b.experts} x {b.expert_size}" for n, b in blocks(gm).items()}
         return PassResult(gm, True, sizes)
+
+    def _split(self, job: tuple[DynkFFN, Tensor | None, int]) -> DynkFFN:
+        block, x, seed = job
+        points = None
+        if x is not None:
+            with torch.no_grad():
+                points = block.hidden(x[: self.rows]).T.contiguous()
+        split(block, points=points, seed=seed)
+        return block
 
 
 @dataclass(frozen=True)
@@ -81,43 +88,49 @@ class Route(Pass):
         if self.predicts not in PREDICTIONS:
             raise ValueError(f"predicts is {self.predicts!r}; it is one of {sorted(PREDICTIONS)}")
         inputs = capture(gm, context.train, self.tokens)
-        generator = torch.Generator().manual_seed(context.seed)
-        unexplained = {}
-        for i, (name, block) in enumerate(blocks(gm).items()):
-            x = inputs.pop(name)
-            block.router.predicts, block.router.top = self.predicts, 0
-            with torch.no_grad():
-                wanted = torch.cat([self._labels(block, part) for part in x.split(4096)])
-                if self.predicts == "norms":
-                    # Start at the size of the labels, or the first hundred steps only find it.
-                    scores = block.router(x[:4096]).mean().clamp_min(1e-12)
-                    block.router.up.weight.mul_(wanted.mean() / scores)
-                else:
-                    wanted /= wanted.max().clamp_min(1e-12)
-                labels = row_scaled(wanted, wanted)[1] if self.relative else wanted
-                variance = labels.var(0).mean().clamp_min(1e-12)
-            optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr, fused=True)
-            loss = torch.tensor(0.0)
-            with trainable(gm, list(block.router.parameters())):
-                for step in range(self.steps):
-                    rows = self._draw(x, self.batch, generator)
-                    for group in optimizer.param_groups:
-                        group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
-                    if self.predicts == "norms":
-                        loss = self._error(block.router.score(x[rows]), wanted[rows]) / variance
-                    else:
-                        logits = block.router.predict(x[rows])
-                        loss = F.binary_cross_entropy_with_logits(logits, wanted[rows])
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-            with torch.no_grad():
-                rows = self._draw(x, 4096, generator)
-                error = self._error(block.router.score(x[rows]), wanted[rows]) / variance
-            unexplained[name] = error.item()
-            context.progress(self.name, i + 1, len(blocks(gm)), f"{error:.3f} unexplained")
+        found, unexplained = blocks(gm), {}
+        jobs = ((block, inputs.pop(name), context.seed) for name, block in found.items())
+        for i, (name, fitted) in enumerate(zip(found, context.each(self._fit, jobs), strict=True)):
+            block, error = fitted
+            gm.set_submodule(name, block)
+            unexplained[name] = error
+            context.progress(self.name, i + 1, len(found), f"{error:.3f} unexplained")
         assert all(math.isfinite(v) for v in unexplained.values())
         return PassResult(gm, True, {"unexplained variance": unexplained})
+
+    def _fit(self, job: tuple[DynkFFN, Tensor, int]) -> tuple[DynkFFN, float]:
+        """Train the router of one block, which draws rows as if there were no other."""
+        block, x, seed = job
+        generator = torch.Generator().manual_seed(seed)
+        block.router.predicts, block.router.top = self.predicts, 0
+        with torch.no_grad():
+            wanted = torch.cat([self._labels(block, part) for part in x.split(4096)])
+            if self.predicts == "norms":
+                # Start at the size of the labels, or the first hundred steps only find it.
+                scores = block.router(x[:4096]).mean().clamp_min(1e-12)
+                block.router.up.weight.mul_(wanted.mean() / scores)
+            else:
+                wanted /= wanted.max().clamp_min(1e-12)
+            labels = row_scaled(wanted, wanted)[1] if self.relative else wanted
+            variance = labels.var(0).mean().clamp_min(1e-12)
+        optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr, fused=True)
+        with trainable(block, list(block.router.parameters())):
+            for step in range(self.steps):
+                rows = self._draw(x, self.batch, generator)
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
+                if self.predicts == "norms":
+                    loss = self._error(block.router.score(x[rows]), wanted[rows]) / variance
+                else:
+                    logits = block.router.predict(x[rows])
+                    loss = F.binary_cross_entropy_with_logits(logits, wanted[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        with torch.no_grad():
+            rows = self._draw(x, 4096, generator)
+            error = self._error(block.router.score(x[rows]), wanted[rows]) / variance
+        return block, error.item()
 
     def _draw(self, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(x), (min(count, len(x)),), generator=generator)

@@ -13,6 +13,7 @@ user's own loss comes next, in :mod:`.finetune`.
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any, ClassVar
 
@@ -22,8 +23,9 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..ir.block import DynkFFN, Projection
-from .base import Context, Pass, PassResult, capture, hoyer, mixed_precision, trainable
+from .base import Context, Pass, PassResult, capture, device_of, hoyer, trainable
 from .lift import blocks
+from .precision import bfloat16_pays, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Sparsify(Pass):
             n: torch.optim.Adam(p, lr=self.lr, betas=(0.9, 0.99), fused=True)
             for n, p in trained.items()
         }
-        generator = torch.Generator().manual_seed(context.seed)
+        students = dict(students)
+        narrow = bfloat16_pays(device_of(gm))  # asked once: workers could measure differently
         stream, done, start = cycle(context.train), 0, time.monotonic()
         stats: dict[str, Any] = {}
         learning = [p for group in trained.values() for p in group]
@@ -95,10 +98,13 @@ class Sparsify(Pass):
                 limit = min(self.chunk, self.tokens - done)
                 inputs = capture(context.teacher, stream, limit, list(students))
                 held = len(inputs[next(iter(students))])
-                for name, block in students.items():
-                    stats[name] = self._fit(
-                        block, teachers[name], inputs[name], optimizers[name], fraction, generator
-                    )
+                fit = partial(self._fit, fraction=fraction, seed=context.seed + done, narrow=narrow)
+                jobs = (
+                    (students[n], teachers[n], inputs.pop(n), optimizers[n]) for n in list(students)
+                )
+                for name, fitted in zip(students, context.each(fit, jobs), strict=True):
+                    students[name], optimizers[name], stats[name] = fitted
+                    gm.set_submodule(name, students[name])
                 done += held
                 mean = sum(s["zeros"] for s in stats.values()) / len(stats)
                 context.progress(self.name, done, self.tokens, f"{mean:.0%} zeros")
@@ -109,13 +115,15 @@ class Sparsify(Pass):
 
     def _fit(
         self,
-        block: DynkFFN,
-        teacher: Any,
-        x: Tensor,
-        optimizer: torch.optim.Optimizer,
+        job: tuple[DynkFFN, Any, Tensor, torch.optim.Optimizer],
+        *,
         fraction: float,
-        generator: torch.Generator,
-    ) -> dict[str, float]:
+        seed: int,
+        narrow: bool,
+    ) -> tuple[DynkFFN, torch.optim.Optimizer, dict[str, float]]:
+        """Train one block on one chunk; every block sees its rows in the same order."""
+        block, teacher, x, optimizer = job
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             dense = teacher if isinstance(teacher, Projection) else teacher.every_expert
             want = torch.cat([dense(part) for part in x.split(4096)])
@@ -128,7 +136,7 @@ class Sparsify(Pass):
         for _ in range(self.epochs):
             order = torch.randperm(len(x), generator=generator).to(x.device)
             for rows in order.split(self.batch):
-                with mixed_precision(x.device):
+                with mixed_precision(x.device, narrow):
                     pre = block.pre_activation(x[rows])
                     h = block.fire(pre, x[rows])
                     active = h if self.clamp is None else pre.clamp_min(self.clamp) - self.clamp
@@ -138,4 +146,4 @@ class Sparsify(Pass):
                 loss.backward()
                 optimizer.step()
                 zeros = (active.detach() == 0).float().mean()
-        return {"error": error.item(), "zeros": zeros.item()}
+        return block, optimizer, {"error": error.item(), "zeros": zeros.item()}

@@ -15,7 +15,7 @@ from ..ir.block import DynkFFN
 from ..ir.measure import agree, compare
 from ..ir.op import select
 from ..ir.text import BlockLine
-from ..passes.base import Context, Progress, first_tensor, silent, watch
+from ..passes.base import Context, Each, Progress, first_tensor, silent, watch
 from ..passes.budget import set_tau, taus_at
 from ..passes.convert import Converted, convert, recipe
 from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
@@ -111,6 +111,7 @@ def convert_text_model(
     thorough: bool = False,
     projections: bool = False,
     progress: Progress = silent,
+    each: Each = map,
 ) -> tuple[Converted, Context]:
     """Convert a model on passages, some of which choose the thresholds, and save it.
 
@@ -123,6 +124,7 @@ def convert_text_model(
         thorough: Train some six times as long.
         projections: See :func:`convert`.
         progress: Told how far a stage has come.
+        each: See :func:`convert`.
 
     Returns:
         The conversion, and what it worked with.
@@ -141,6 +143,7 @@ def convert_text_model(
         projections=projections,
         folder=stages,
         progress=progress,
+        each=each,
     )
     save(converted.model, out, data[0])
     return converted, Context(converted.teacher, data, held)

@@ -1,0 +1,81 @@
+"""Share out work over a Ray cluster: the same work, in other processes, with the same result.
+
+Nothing of Ray is imported before it is asked for.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..ir.errors import ClusterError
+from ..passes.base import Each
+
+RETRIES = 3
+"""How often a piece of work begins again after its worker died."""
+
+
+@contextmanager
+def on_ray(address: str) -> Iterator[Each]:
+    """Connect to a cluster, and leave it at the end; the cluster goes on.
+
+    Args:
+        address: ``HOST:PORT`` of the head, or ``auto`` for the one that runs on this machine.
+
+    Yields:
+        What :func:`skimp.convert` takes as ``each``. A worker holds one piece of work at a time,
+        and computes with as many threads as this process, or sums would round differently.
+
+    Raises:
+        ClusterError: Ray is not installed, or no cluster answers.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("a cluster needs Ray: pip install 'skimp[ray]'") from error
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster can be used at {address} ({_first_line(error)}); start one with "
+            "`ray start --head`, and give the address that it prints"
+        ) from error
+    try:
+        yield partial(_each, ray)
+    finally:
+        ray.shutdown()
+
+
+def _each(ray: Any, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Results in order, with two pieces of work a processor handed out at a time."""
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_alone)
+    shared, threads = ray.put(work), torch.get_num_threads()
+    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: deque[Any] = deque()
+    try:
+        for item in items:
+            waiting.append(remote.remote(shared, item, threads))
+            if len(waiting) >= ahead:
+                yield ray.get(waiting.popleft())
+        while waiting:
+            yield ray.get(waiting.popleft())
+    except ray.exceptions.RaySystemError as error:
+        raise ClusterError(f"the cluster failed: {_first_line(error)}") from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise ClusterError(
+            f"a worker died {RETRIES + 1} times on the same layer ({_first_line(error)}); give the "
+            "nodes more memory, or the pass fewer tokens"
+        ) from error
+
+
+def _alone(work: Callable[[Any], Any], item: Any, threads: int) -> Any:
+    """Do one piece of work in a worker."""
+    torch.set_num_threads(threads)
+    return work(item)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,95 @@
+"""Conversion on a Ray cluster of two nodes: the same numbers, though a worker dies."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import skimp
+import torch
+from skimp.ir.errors import ClusterError
+from skimp.passes.budget import Budget
+from skimp.passes.recover import Recover
+from skimp.passes.route import Route, Split
+from skimp.passes.sparsify import Relufy, Sparsify
+from skimp.runtime.cluster import on_ray
+
+ray = pytest.importorskip("ray")
+hf = pytest.importorskip("transformers")
+
+FEW = [
+    Relufy(),
+    Sparsify(tokens=400, chunk=200, batch=64),
+    Split(),
+    Route(tokens=200, steps=10),
+    Recover(steps=2),
+    Budget("flops <= 0.85"),
+]
+
+
+@pytest.fixture(scope="module")
+def address():
+    from ray.cluster_utils import Cluster
+
+    node = dict(num_cpus=1, object_store_memory=100 * 2**20)
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def convert(**more):
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, initializer_range=0.3,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    data = [dict(input_ids=torch.randint(2, 60, (6, 7 + i), generator=g)) for i in range(5)]
+    model = hf.LlamaForCausalLM(config).eval()
+    return skimp.convert(model, data, passes=FEW, expert_size=4, router_width=4, **more)
+
+
+def test_two_nodes_give_the_same_bits_though_a_worker_is_killed(address, tmp_path):
+    marker = tmp_path / "killed"
+    here = os.getpid()
+
+    def dies_once(each):
+        def other(work, items):
+            def deadly(item):
+                if not marker.exists():
+                    marker.touch()
+                    assert os.getpid() != here
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return work(item)
+
+            return each(deadly, items)
+
+        return other
+
+    want = convert().model.state_dict()
+    with on_ray(address) as each:
+        assert sum(n["Alive"] for n in ray.nodes()) == 2
+        got = convert(each=dies_once(each)).model.state_dict()
+    assert marker.exists()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_what_fails_in_a_worker_fails_here(address):
+    def work(item):
+        raise skimp.SkimpError(f"layer {item}")
+
+    with on_ray(address) as each, pytest.raises(skimp.SkimpError, match="layer 0"):
+        list(each(work, range(2)))
+
+
+def test_ray_is_imported_only_when_asked_for(monkeypatch):
+    code = "import skimp, skimp.runtime.cluster, sys; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"skimp\[ray\]"), on_ray("auto"):
+        pass
