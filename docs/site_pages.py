@@ -27,6 +27,7 @@ WRITTEN = {
     "judge.md": "Judging",
     "export.md": "Export",
     "koala.md": "Diffusion U-Nets",
+    "ray.md": "More than one machine",
     "ablation.md": "What each ingredient is worth",
     "kernels.md": "GPU kernels",
     "peers.md": "Beside its peers",
