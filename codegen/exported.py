@@ -1,12 +1,10 @@
 """What every door shares: a program from tensors to tensors, and a report of what came out."""
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from ..ir.block import DynkFFN
-from ..ir.cost import DRAFT, dense_flops, sweep
-from ..ir.errors import ExportError, unwritable
+from ..ir.cost import dense_flops
+from ..ir.errors import ExportError, first_line
 from ..ir.op import ties
 from ..passes.base import looking
 from ..passes.lift import blocks, lifted_layers
@@ -192,11 +190,6 @@ def capture(
     return Program(program, plain.names, outputs, plain.example, expected, taus, free, share, tied)
 
 
-def first_line(error: BaseException) -> str:
-    """Of an error's text, which may be empty."""
-    return (str(error).strip().splitlines() or [repr(error)])[0]
-
-
 def coverage(model: nn.Module) -> float:
     """FLOPs of what blocks stand for, as a share of those of all linear layers of the model."""
     places = lifted_layers(model)
@@ -290,22 +283,6 @@ def watch_ties(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
 
     with looking(model, note):
         yield found
-
-
-@contextmanager
-def drafts(path: Path) -> Iterator[Path]:
-    """A folder beside a path for what shall replace it once it is complete.
-
-    Raises:
-        UnwritableError: It cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        with tempfile.TemporaryDirectory(prefix=f"{DRAFT}{path.name}.", dir=path.parent) as scratch:
-            yield Path(scratch)
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def needs(extra: str, *packages: str) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.errors import ArtefactError, ExportError
+from ..ir.artefact import drafts
+from ..ir.errors import ArtefactError, ExportError, first_line
 from .cpp.bundle import check_machine
 from .cpp.spec import detect_isa
-from .exported import Program, Report, drafts, first_line, needs
+from .exported import Program, Report, needs
 from .loaded import Loaded, append, read
 from .mlir import lower, to_module
 

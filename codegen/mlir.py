@@ -19,9 +19,10 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..ir.artefact import drafts
 from ..ir.errors import ExportError
 from ..ir.op import hidden, select
-from .exported import Program, Report, drafts
+from .exported import Program, Report
 
 aten, prims = torch.ops.aten, torch.ops.prims
 RAW = ".raw.mlir"

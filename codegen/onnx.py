@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from ..ir.artefact import drafts
 from ..ir.cost import write_atomically
-from ..ir.errors import ExportError
+from ..ir.errors import ExportError, first_line
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import detect_isa
-from .exported import Program, Report, drafts, first_line
+from .exported import Program, Report
 from .ort import Session, digest, specs_of
 
 VERSION, OPSET = 1, 18

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.errors import ArtefactError
+from ..ir.errors import ArtefactError, first_line
 from .cpp.emit import ACTS
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import KernelSpec, detect_isa
-from .exported import first_line
 from .loaded import Loaded
 
 PROPERTIES = ("skimp.taus", "skimp.sha256")

@@ -16,14 +16,15 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
+from ..ir.artefact import drafts
 from ..ir.cost import cache_dir, write_atomically
-from ..ir.errors import ArtefactError, ExportError
+from ..ir.errors import ArtefactError, ExportError, first_line
 from .cpp.bundle import Bundle, bundle, check_machine, load_bundle
 from .cpp.kernels import DTYPES
 from .cpp.library import OPS
 from .cpp.lower import lower
 from .cpp.spec import KernelSpec, LinearSpec, detect_isa
-from .exported import Program, Report, drafts, first_line
+from .exported import Program, Report
 from .loaded import Loaded, append, read
 from .spec import constants_of
 

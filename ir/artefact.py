@@ -8,7 +8,6 @@ them finds no model here, rather than one that runs as something else.
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -117,6 +116,22 @@ def alone(folder: Path, doing: str = "") -> Iterator[None]:
 
 
 @contextmanager
+def drafts(path: Path) -> Iterator[Path]:
+    """A folder beside a path for what shall replace it once it is complete.
+
+    Raises:
+        UnwritableError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        with tempfile.TemporaryDirectory(prefix=f"{DRAFT}{path.name}.", dir=path.parent) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+@contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """A folder beside the wanted one, whose files go there once all are written.
 
@@ -128,12 +143,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    part: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep(folder.parent)
-        part = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{folder.name}.", dir=folder.parent))
-        yield part
+    with drafts(folder) as part:
+        try:
+            yield part
+        except SafetensorError as error:  # of a full disk
+            raise unwritable(folder, error) from error
         with alone(folder):
             (folder / "config.json").unlink(missing_ok=True)
             files = sorted(part.iterdir(), key=lambda p: p.name == "config.json")
@@ -141,11 +155,6 @@ def written_whole(folder: Path) -> Iterator[Path]:
                 old.unlink()  # shards that would be taken for the new model's
             for file in files:
                 os.replace(file, folder / file.name)
-    except (OSError, SafetensorError) as error:  # the second is of a full disk, too
-        raise unwritable(folder, error) from error
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

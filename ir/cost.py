@@ -116,7 +116,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SKIMP_CACHE") or Path(base) / "skimp")
 
 
-DRAFT = ".skimp-"
+DRAFT = ".skimp-draft-"
 """How names of what is not complete yet begin."""
 _STALE_SECONDS = 24 * 3600.0
 

@@ -59,6 +59,11 @@ class ClusterError(SkimpError):
     """A Ray cluster that is not there, or that does not do what it is asked."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's text, which may be empty."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
 def unwritable(path: object, error: Exception) -> UnwritableError:
     """An error of ours from one of the system's."""
     if isinstance(error, UnwritableError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..ir.errors import ClusterError
+from ..ir.errors import ClusterError, first_line
 from ..passes.base import Each
 
 RETRIES = 3
@@ -40,7 +40,7 @@ def on_ray(address: str) -> Iterator[Each]:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"no Ray cluster can be used at {address} ({_first_line(error)}); start one with "
+            f"no Ray cluster can be used at {address} ({first_line(error)}); start one with "
             "`ray start --head`, and give the address that it prints"
         ) from error
     try:
@@ -63,10 +63,10 @@ def _each(ray: Any, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterato
         while waiting:
             yield ray.get(waiting.popleft())
     except ray.exceptions.RaySystemError as error:
-        raise ClusterError(f"the cluster failed: {_first_line(error)}") from error
+        raise ClusterError(f"the cluster failed: {first_line(error)}") from error
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise ClusterError(
-            f"a worker died {RETRIES + 1} times on the same layer ({_first_line(error)}); give the "
+            f"a worker died {RETRIES + 1} times on the same layer ({first_line(error)}); give the "
             "nodes more memory, or the pass fewer tokens"
         ) from error
 
@@ -75,7 +75,3 @@ def _alone(work: Callable[[Any], Any], item: Any, threads: int) -> Any:
     """Do one piece of work in a worker."""
     torch.set_num_threads(threads)
     return work(item)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,14 +3,13 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ...ir.errors import MALFORMED, CalibrationError, unwritable
+from ...ir.errors import MALFORMED, CalibrationError
 from .member import MemberError, choice_message
 from .price import most_prompt_tokens
-from .traces import MemberSpec, read_lines
+from .traces import MemberSpec, append, read_lines
 from .trip import Entry
 
 
@@ -65,36 +64,23 @@ async def collect(
     done = _done(out)
     waiting = iter([p for p in prompts if str(p["id"]) not in done])
     total, count = len(prompts), len(done)
-    lock = asyncio.Lock()
-    with _added_to(out) as file:
+    append(out)  # what cannot be written should not cost anything first
 
-        async def worker() -> None:
-            nonlocal count
-            for prompt in waiting:
-                line: dict[str, Any] = {"id": prompt["id"], "members": {}}
-                for entry, spec in members:
-                    limit = {"max_tokens": entry.max_tokens}
-                    body = {**limit, **(request or {}), "messages": prompt["messages"]}
-                    line["members"][spec.name] = {"samples": await _samples(entry, spec, body)}
-                async with lock:
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    count += 1
-                    if progress is not None:
-                        progress("collect", count, total)
+    async def worker() -> None:
+        nonlocal count
+        for prompt in waiting:
+            line: dict[str, Any] = {"id": prompt["id"], "members": {}}
+            for entry, spec in members:
+                limit = {"max_tokens": entry.max_tokens}
+                body = {**limit, **(request or {}), "messages": prompt["messages"]}
+                line["members"][spec.name] = {"samples": await _samples(entry, spec, body)}
+            append(out, line)
+            count += 1
+            if progress is not None:
+                progress("collect", count, total)
 
-        await asyncio.gather(*(worker() for _ in range(at_once)))
+    await asyncio.gather(*(worker() for _ in range(at_once)))
     return count - len(done)
-
-
-@contextmanager
-def _added_to(out: Path) -> Iterator[IO[str]]:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a") as file:
-            yield file
-    except OSError as error:
-        raise unwritable(out, error) from error
 
 
 async def _samples(entry: Entry, spec: MemberSpec, body: dict[str, Any]) -> list[dict[str, Any]]:

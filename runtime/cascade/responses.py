@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...ir.errors import MALFORMED, CalibrationError, unwritable
+from ...ir.errors import MALFORMED, CalibrationError
 from .member import MemberError, choice_message, pause
 from .price import Price, most_prompt_tokens
-from .traces import MemberSpec, read_lines
+from .traces import MemberSpec, append, read_lines
 from .trip import Entry
 
 Messages = Sequence[Mapping[str, Any]]
@@ -134,12 +134,7 @@ class ResponseCache:
             return
         row: dict[str, Any] = {"key": key, "model": model, "prompt": prompt, "params": dict(params)}
         row |= {"sample": sample, "response": asdict(response)}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+        append(self.path, row)
 
 
 class Replay:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...ir.errors import CalibrationError
+from ...ir.errors import CalibrationError, unwritable
 from .extract import canonical, extractor, vote
 from .price import Price
 
@@ -85,6 +85,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}") from error
     return ((at, line) for at, line in enumerate(lines, 1) if line.strip())
+
+
+def append(path: Path, *rows: Mapping[str, Any]) -> None:
+    """Add objects to a file, a line of JSON each; on disk before this returns.
+
+    Raises:
+        UnwritableError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def read_traces(path: Path) -> list[dict[str, Any]]:
