@@ -107,9 +107,14 @@ def write_page(result, page):
     page.write_text(text)
 
 
+def applying(rows):
+    """Without those that a part is not about: nobody looks for an encoder's text."""
+    return [r for r in rows if not r.get("why", "").startswith("does not apply")]
+
+
 def encoder(result):
     """Quality and milliseconds by shape."""
-    rows, shapes = result["encoder"], {}
+    rows, shapes = applying(result["encoder"]), {}
     for row in rows:
         shapes |= dict.fromkeys(w for w in row.get("shapes", ()))
     order = sorted(shapes, key=lambda w: [int(n) for n in w.split(" x ")])
@@ -158,7 +163,7 @@ def decoder(result):
     """Rates and texts."""
     cells, wins = [], []
     best = "skimp, trees"
-    for row in result["decoder"]:
+    for row in applying(result["decoder"]):
         head = [row["name"], row["precision"]]
         if "why" in row:
             cells.append([*head, row["why"], *[""] * 5])
@@ -206,7 +211,8 @@ def claims(result):
     names = [n for n in PEERS if any(n in r["peers"] for r in rows)]
     cells = []
     for row in rows:
-        own = f"yes ({row['passed']} tests)" if row["verdict"] == "yes" else row["verdict"]
+        many = f"{row['passed']} test" + "s" * (row["passed"] != 1)
+        own = f"yes ({many})" if row["verdict"] == "yes" else row["verdict"]
         cells.append([row["claim"], own, *(row["peers"].get(n, "") for n in names)])
     last = f"of {run}" if run else "of which there is no report yet: `make test` leaves one"
     text = "\n## What each can do\n\nMade from tests, not typed. skimp's column says yes where the "

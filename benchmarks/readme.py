@@ -106,9 +106,26 @@ def gateway():
     return text + table(head, rows)
 
 
+def decoder():
+    result = read("peers")
+    timed = [r for r in result["decoder"] if "rate" in r]
+    best = "skimp, trees"
+    rows = []
+    for r in timed:
+        times = r["times"].get(best)
+        named = f"{r['name']}, {r['precision']}"
+        rows.append([named, f"{r['rate']:.1f}", ratio(times) if times else ""])
+    texts = timed[0]["texts"]
+    text = f"Greedy text of SmolLM2-135M, {texts} prompts, {result['machine']}; the last column is how "
+    text += "many times as fast `skimp.generate` is, by prompt with quartiles. More, and encoders, in "
+    text += "[docs/peers.md](docs/peers.md), by family of prompts and tree in "
+    text += "[docs/decode.md](docs/decode.md) (`peers.json`, `decode.json`):\n\n"
+    return text + table(["", "tokens/s", f"{best} / it"], rows)
+
+
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    parts = "\n".join([quality(), encoder(), blocks(), gpu(), gateway()])
+    parts = "\n".join([quality(), encoder(), decoder(), blocks(), gpu(), gateway()])
     page = ROOT / "README.md"
     page.write_text(BLOCK.sub(lambda m: m[1] + parts + m[2], page.read_text()))
 
