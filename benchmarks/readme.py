@@ -116,9 +116,9 @@ def decoder():
         named = f"{r['name']}, {r['precision']}"
         rows.append([named, f"{r['rate']:.1f}", ratio(times) if times else ""])
     texts = timed[0]["texts"]
-    text = f"Greedy text of SmolLM2-135M, {texts} prompts, {result['machine']}; the last column is how "
-    text += "many times as fast `skimp.generate` is, by prompt with quartiles. More, and encoders, in "
-    text += "[docs/peers.md](docs/peers.md), by family of prompts and tree in "
+    text = f"Greedy text of SmolLM2-135M, {texts} prompts, {result['machine']}; the last column is "
+    text += "how many times as fast `skimp.generate` is, by prompt with quartiles. More, and "
+    text += "encoders, in [docs/peers.md](docs/peers.md), by family of prompts and tree in "
     text += "[docs/decode.md](docs/decode.md) (`peers.json`, `decode.json`):\n\n"
     return text + table(["", "tokens/s", f"{best} / it"], rows)
 
