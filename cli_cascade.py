@@ -203,17 +203,34 @@ def serve(
     insecure: Annotated[
         bool, typer.Option(help="Listen beyond this machine though nobody needs a key.")
     ] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Serve on a Ray cluster, and go on if it does: HOST:PORT.")
+    ] = None,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="With --ray and no file: serve there no longer.")
+    ] = False,
 ) -> None:
-    """Serve a cascade to OpenAI clients, with a page at / and metrics at /metrics."""
-    from .runtime.cascade.config import ConfigError, load_config
+    """Serve a cascade to OpenAI clients, with a page at / and metrics at /metrics.
 
-    if (config is None) == (not demo):
+    With --ray the cluster serves, and this command ends. Call it again after a change: requests
+    that are under way end as they began.
+    """
+    from .runtime.cascade.config import load_config
+
+    if stop and (ray is None or config is not None or demo):
+        raise SkimpError("--stop goes with --ray ADDRESS, and with nothing else")
+    if not stop and (config is None) == (not demo):
         raise SkimpError("give a configuration file, or --demo")
+    if ray is not None and demo:
+        raise SkimpError("--demo serves in this process: give --ray a configuration file")
     try:
         from .runtime.cascade.build import build_gateway
         from .runtime.cascade.run import run
     except ImportError as error:
         raise SkimpError(f"serving needs `pip install 'skimp[serve]'` ({error.name})") from error
+    if ray is not None:
+        _serve_on_ray(ray, config, host, port, insecure=insecure)
+        return
     if demo:
         from .runtime.cascade.demo import demo_gateway
 
@@ -224,12 +241,38 @@ def serve(
         assert config is not None
         loaded = load_config(config)
         gateway = build_gateway(loaded, config.parent)
-    where = host or loaded.server.host
-    if not loaded.callers and where not in ("127.0.0.1", "localhost", "::1") and not insecure:
+    where, number = _address(loaded, host, port, insecure=insecure)
+    err.print(f"skimp serves {', '.join(gateway.policies)} at http://{where}:{number}/")
+    sys.exit(run(gateway, loaded, where, number))
+
+
+def _address(config: Any, host: str | None, port: int | None, *, insecure: bool) -> tuple[str, int]:
+    """Where to listen, if anyone who reaches it may."""
+    from .runtime.cascade.config import ConfigError
+
+    where = host or config.server.host
+    if not config.callers and where not in ("127.0.0.1", "localhost", "::1") and not insecure:
         raise ConfigError(
             f"{where} can be reached from other machines, and no callers are configured: anyone "
             "could spend your money. Configure callers, or say --insecure"
         )
-    number = loaded.server.port if port is None else port
-    err.print(f"skimp serves {', '.join(gateway.policies)} at http://{where}:{number}/")
-    sys.exit(run(gateway, loaded, where, number))
+    return where, config.server.port if port is None else port
+
+
+def _serve_on_ray(
+    address: str, config: Path | None, host: str | None, port: int | None, *, insecure: bool
+) -> None:
+    """Deploy a configuration on a cluster, or take it away where there is none."""
+    from .runtime.cascade.config import load_config
+    from .runtime.cascade.on_ray import deploy, remove
+    from .runtime.cluster import connected
+
+    if config is None:
+        with connected(address):
+            remove()
+        return
+    loaded = load_config(config)
+    where, number = _address(loaded, host, port, insecure=insecure)
+    with connected(address):
+        deploy(loaded, config.parent, where, number)
+    err.print(f"the cluster at {address} serves {config} at http://{where}:{number}/")

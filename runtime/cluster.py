@@ -20,14 +20,25 @@ RETRIES = 3
 
 @contextmanager
 def on_ray(address: str) -> Iterator[Each]:
+    """Connect to a cluster as :func:`connected` does, for what its workers can do.
+
+    Yields:
+        What :func:`skimp.convert` takes as ``each``. A worker holds one piece of work at a time,
+        and computes with as many threads as this process, or sums would round differently.
+    """
+    with connected(address) as ray:
+        yield partial(_each, ray)
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
     """Connect to a cluster, and leave it at the end; the cluster goes on.
 
     Args:
         address: ``HOST:PORT`` of the head, or ``auto`` for the one that runs on this machine.
 
     Yields:
-        What :func:`skimp.convert` takes as ``each``. A worker holds one piece of work at a time,
-        and computes with as many threads as this process, or sums would round differently.
+        The module ``ray``.
 
     Raises:
         ClusterError: Ray is not installed, or no cluster answers.
@@ -44,7 +55,7 @@ def on_ray(address: str) -> Iterator[Each]:
             "`ray start --head`, and give the address that it prints"
         ) from error
     try:
-        yield partial(_each, ray)
+        yield ray
     finally:
         ray.shutdown()
 

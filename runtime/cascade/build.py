@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from .config import Config, ConfigError, MemberConfig, price_of, secret
@@ -14,21 +15,25 @@ from .rows import Budget
 from .trip import Entry
 
 log = logging.getLogger("skimp.serve")
+MakeMember = Callable[[str, MemberConfig], Member]
 
 
-def build_gateway(config: Config, folder: Path = Path()) -> Gateway:
+def build_gateway(
+    config: Config, folder: Path = Path(), member: MakeMember | None = None
+) -> Gateway:
     """Members, policies and ledger of a configuration.
 
     Args:
         config: It.
         folder: What its paths are relative to.
+        member: Makes a member, if not :func:`build_member`.
 
     Raises:
         ConfigError: A key is not in the environment, or nothing says who answers.
         SkimpError: A policy, a price or the ledger cannot be read.
     """
     policies = build_policies(config, folder)
-    entries = {name: build_entry(name, m, folder) for name, m in config.members.items()}
+    entries = {name: build_entry(name, m, folder, member) for name, m in config.members.items()}
     for policy in policies.values():
         _compare_prices(policy, entries)
     budgets = config.budget is not None or any(c.budget for c in config.callers.values())
@@ -36,7 +41,7 @@ def build_gateway(config: Config, folder: Path = Path()) -> Gateway:
         entries,
         policies,
         config.active or next(iter(policies)),
-        Ledger(_ledger_url(config.ledger, folder)),
+        Ledger(ledger_url(config.ledger, folder)),
         timeout=config.server.timeout_s,
         capped=budgets,
     )
@@ -76,11 +81,13 @@ def build_policies(config: Config, folder: Path) -> dict[str, Policy]:
     return found
 
 
-def build_entry(name: str, member: MemberConfig, folder: Path) -> Entry:
+def build_entry(
+    name: str, member: MemberConfig, folder: Path, make: MakeMember | None = None
+) -> Entry:
     """A member with its price and limits."""
     return Entry(
         name,
-        build_member(name, member),
+        (make or build_member)(name, member),
         price_of(member, folder),
         member.retries,
         member.max_tokens,
@@ -134,7 +141,8 @@ def caller_budgets(config: Config) -> dict[str, tuple[Budget, ...]]:
     return found
 
 
-def _ledger_url(url: str, folder: Path) -> str:
+def ledger_url(url: str, folder: Path) -> str:
+    """The URL of the ledger; a file's with its whole path."""
     start = "sqlite:///"
     if url.startswith(start) and not url.startswith(start + "/") and url != start + ":memory:":
         return start + str((folder / url[len(start) :]).absolute())

@@ -28,6 +28,26 @@ class PriceConfig(_Strict):
     output: Annotated[float, Field(ge=0)]
 
 
+class ReplicasConfig(_Strict):
+    """How many processes of it a Ray cluster runs, more as more requests are under way.
+
+    Attributes:
+        min: At least so many.
+        max: At most so many.
+        cpus: Cores that each takes from the cluster; what a local member computes with.
+    """
+
+    min: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)] = 1
+    cpus: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ReplicasConfig":
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is less than min {self.min}")
+        return self
+
+
 _OWN = {"model", "messages", "prompt", "stream", "n", "best_of", *TOKEN_LIMITS}
 """What a request says or skimp decides; set behind their backs, no reservation would hold."""
 
@@ -50,6 +70,7 @@ class MemberConfig(_Strict):
         fallback: Members to ask instead when it fails.
         temperature: Of votes, whatever the request says.
         params: For requests that do not set them, ``top_p`` for example.
+        replicas: Of a local member, with ``skimp serve --ray``.
     """
 
     url: str | None = None
@@ -66,6 +87,7 @@ class MemberConfig(_Strict):
     fallback: tuple[str, ...] = ()
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     params: dict[str, Any] = {}
+    replicas: ReplicasConfig = ReplicasConfig(max=4)
 
     @model_validator(mode="after")
     def _one_kind(self) -> "MemberConfig":
@@ -97,7 +119,7 @@ class CallerConfig(_Strict):
 
 
 class ServerConfig(_Strict):
-    """Where to listen, and limits."""
+    """Where to listen, and limits; of the gateway, with ``skimp serve --ray``, ``replicas`` too."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
@@ -105,6 +127,7 @@ class ServerConfig(_Strict):
     timeout_s: Positive = 300.0
     max_in_flight: Annotated[int, Field(ge=1)] = 512
     log_prompts: bool = False
+    replicas: ReplicasConfig = ReplicasConfig()
 
 
 class JudgedConfig(_Strict):

@@ -7,7 +7,7 @@ served whatever it says may stream; votes are kept back until they are counted.
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from ...ir.errors import SkimpError
@@ -44,11 +44,7 @@ class Gateway:
         timeout: float = 300.0,
         capped: bool = False,
     ) -> None:
-        for name, policy in policies.items():
-            if missing := [m for m in policy.members if m not in entries]:
-                raise SkimpError(
-                    f"policy {name!r} needs members that are not configured: {missing}"
-                )
+        members_exist(policies, entries)
         self.entries = dict(entries)
         self.policies = dict(policies)
         self.accounts = Accounts(ledger, timeout=timeout, capped=capped)
@@ -261,6 +257,17 @@ class Gateway:
         if name not in self._extractors:
             self._extractors[name] = extractor(name)
         return self._extractors[name]
+
+
+def members_exist(policies: Mapping[str, Policy], among: Container[str]) -> None:
+    """Check that policies ask for nobody else.
+
+    Raises:
+        SkimpError: One does; says which.
+    """
+    for name, policy in policies.items():
+        if missing := [m for m in policy.members if m not in among]:
+            raise SkimpError(f"policy {name!r} needs members that are not configured: {missing}")
 
 
 def _request(query: Query, step: Call) -> dict[str, Any]:

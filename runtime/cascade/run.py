@@ -35,7 +35,7 @@ def run(gateway: Gateway, config: Config, host: str, port: int) -> int:
     Returns:
         The exit status: 0, or 1 if the port cannot be had.
     """
-    _log_to_stderr()
+    log_to_stderr()
     server = build_server(gateway, config, host, port)
     gc.collect()
     gc.freeze()  # or every full collection walks all of torch, for a tenth of a second
@@ -46,8 +46,8 @@ def run(gateway: Gateway, config: Config, host: str, port: int) -> int:
     return 0 if server.started else 1
 
 
-def _log_to_stderr() -> None:
-    """One JSON object per line."""
+def log_to_stderr() -> None:
+    """Log one JSON object per line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("skimp.serve")

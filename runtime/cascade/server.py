@@ -36,8 +36,14 @@ _CSP = (
 )
 
 
-def create_app(gateway: Gateway, config: Config) -> FastAPI:
-    """The application; it closes the gateway when it stops."""
+def create_app(gateway: Gateway, config: Config, *, alone: bool = True) -> FastAPI:
+    """The application; it closes the gateway when it stops.
+
+    Args:
+        gateway: What answers.
+        config: What it was made from.
+        alone: Whether no other gateway serves the same callers, so that its policy may change.
+    """
     face = _Face(gateway, config)
     app = FastAPI(title="skimp", lifespan=face.lifespan, openapi_url=None)
     handle_errors(app)
@@ -109,6 +115,9 @@ def create_app(gateway: Gateway, config: Config) -> FastAPI:
         """Change the active policy: ``{"name": "cheap"}``."""
         try:
             face.admin(request)
+            if not alone:
+                text = "several gateways serve: change `active` in the file and deploy it again"
+                raise Refused(409, text, "several_gateways")
             body = await face.read(request)
             gateway.use(str(body.get("name")))
         except Refused as refused:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,14 +99,50 @@ class Running:
         self.thread.join(20)
 
 
+class OnRay(Running):
+    """The same on a cluster, which serves one configuration after another."""
+
+    def __init__(self, cluster, config, folder):
+        from skimp.runtime.cascade.ledger import Ledger
+        from skimp.runtime.cascade.on_ray import deploy
+
+        self.config = parse_config(config)
+        deploy(self.config, folder, "127.0.0.1", cluster.port)
+        self.gateway = SimpleNamespace(ledger=Ledger(self.config.ledger))
+        self.root = f"http://127.0.0.1:{cluster.port}"
+        self.url = f"{self.root}/v1"
+
+    def stop(self):
+        self.gateway.ledger.close()
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Ray cluster of two nodes, with this process connected."""
+    pytest.importorskip("ray")
+    with beside("cluster").two_nodes() as found:
+        yield found
+
+
+def pytest_generate_tests(metafunc):
+    """What the server is tested for holds on a cluster too; logs alone are in other processes."""
+    server = metafunc.module.__name__.endswith("test_server")
+    if server and "serve" in metafunc.fixturenames and "caplog" not in metafunc.fixturenames:
+        ray = pytest.param("ray", marks=pytest.mark.nightly)
+        metafunc.parametrize("serve", ["here", ray], indirect=True)
+
+
 @pytest.fixture
-def serve(tmp_path):
+def serve(tmp_path, request):
     """A function that serves a configuration."""
     running = []
 
     def start(config):
         config.setdefault("ledger", f"sqlite:///{tmp_path}/ledger-{len(running)}.db")
-        running.append(Running(config, tmp_path))
+        if getattr(request, "param", "here") == "ray":
+            running.append(OnRay(request.getfixturevalue("cluster"), config, tmp_path))
+        else:
+            running.append(Running(config, tmp_path))
         return running[-1]
 
     yield start
