@@ -20,31 +20,6 @@ from skimp.runtime.cascade.trip import Query
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def llama():
-    """A Llama of random weights with a tokenizer of bytes: small, but the real generate()."""
-    alphabet = [chr(c) for c in range(33, 127)] + ["\u0120", "\u010a"]  # ASCII, space, new line
-    vocabulary = {"<end>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=0,
-        initializer_range=0.3,  # or the networks would hardly matter
-    )
-    return transformers.LlamaForCausalLM(config).eval(), fast
 
 
 @pytest.fixture
