@@ -327,8 +327,9 @@ class LocalReplica:
 
     async def stream(self, kind: Kind, request: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The answer in chunks."""
+        stream: Any = self.member.stream(kind, request)
         try:
-            async with contextlib.aclosing(self.member.stream(kind, request)) as chunks:
+            async with contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
                     yield {"answer": chunk.data}
         except MemberError as error:

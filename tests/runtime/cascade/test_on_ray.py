@@ -48,7 +48,7 @@ def test_local_members_apart_and_a_policy_that_changes_meanwhile(serve, provider
         ask(server, "tiny", "x" * 600)
 
     said = []
-    asked = threading.Thread(target=lambda: said.append(ask(server, "far", "far=slow:3")))
+    asked = threading.Thread(target=lambda: said.append(ask(server, "far", "far=slow:6")))
     asked.start()
     server.wait(lambda: far.under_way == 1)
     again = serve({**config, "active": "away"})
