@@ -31,6 +31,7 @@ WRITTEN = {
     "ablation.md": "What each ingredient is worth",
     "kernels.md": "GPU kernels",
     "peers.md": "Beside its peers",
+    "hardening.md": "Damaged files",
     "faq.md": "Questions",
 }
 """The written pages in the order of reading; what no benchmark has written yet is left out."""

@@ -109,10 +109,10 @@ FILES = {
 
 
 def attack(read, valid, write, path, count):
-    """Damage and read; only errors of ours may come out."""
+    """Damage and read; only errors of ours may come out. Returns how many there were."""
     path.write_bytes(write(valid))
     read(path)  # as it is, it is good
-    refused = 0
+    tried = refused = 0
     for number, rng in cases(count):
         if number % 2:
             data = of_bytes(write(valid), rng)
@@ -123,6 +123,7 @@ def attack(read, valid, write, path, count):
             except (ValueError, TypeError, UnicodeError):
                 continue  # no such file can be written
         path.write_bytes(data)
+        tried += 1
         try:
             read(path)
         except SkimpError:
@@ -130,6 +131,7 @@ def attack(read, valid, write, path, count):
         except BaseException as error:
             raise AssertionError(f"case {number}: {error!r} of {data[:2000]!r}") from error
     assert refused > count // 5
+    return {"cases": tried, "refused": refused}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -146,11 +148,15 @@ def test_files_that_people_write_ten_thousand_times(name, tmp_path):
     attack(read, valid, write, tmp_path / name, MANY)
 
 
-@pytest.fixture(scope="module")
-def converted():
+def small():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
     return prepare(model, {"input": torch.randn(4, 8)}, expert_size=4, router_width=4)[0]
+
+
+@pytest.fixture(scope="module")
+def converted():
+    return small()
 
 
 def damage_artefact(model, folder, count):
@@ -178,6 +184,7 @@ def damage_artefact(model, folder, count):
         except BaseException as error:
             raise AssertionError(f"case {number}: {error!r}") from error
     assert refused > count // 4
+    return {"cases": count, "refused": refused}
 
 
 def test_artefacts(converted, tmp_path):
