@@ -25,7 +25,7 @@ junk) and by value (keys dropped, doubled or renamed, values replaced by odd one
 policy is made anew after damage by value, as whoever edits one may do. What still makes sense after
 the damage is read; all else has to be refused with an error of skimp's own.
 
-In {cases:,} cases no other error came out, and none hung.
+In {cases:,} cases no other error came out, and every kind in the table came to its end.
 {table}
 A hundred cases of each kind run in `make test`, beside as many of exported archives, of stored
 responses and of the log of a judge, and beside requests to the server that are generated from its

@@ -36,6 +36,18 @@ stub = beside("stub")
 
 
 @pytest.fixture(scope="session")
+def free_port():
+    """A function that finds a port of loopback at which nobody listens."""
+
+    def find():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def stub_module():
     return stub
 
@@ -102,14 +114,14 @@ class Running:
 class OnRay(Running):
     """The same on a cluster, which serves one configuration after another."""
 
-    def __init__(self, cluster, config, folder):
+    def __init__(self, port, config, folder):
         from skimp.runtime.cascade.ledger import Ledger
         from skimp.runtime.cascade.on_ray import deploy
 
         self.config = parse_config(config)
-        deploy(self.config, folder, "127.0.0.1", cluster.port)
+        deploy(self.config, folder, "127.0.0.1", port)
         self.gateway = SimpleNamespace(ledger=Ledger(self.config.ledger))
-        self.root = f"http://127.0.0.1:{cluster.port}"
+        self.root = f"http://127.0.0.1:{port}"
         self.url = f"{self.root}/v1"
 
     def stop(self):
@@ -117,11 +129,11 @@ class OnRay(Running):
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    """A Ray cluster of two nodes, with this process connected."""
+def cluster(free_port):
+    """The port that a Ray cluster of two nodes, with this process connected, is to serve at."""
     pytest.importorskip("ray")
-    with beside("cluster").two_nodes() as found:
-        yield found
+    with beside("cluster").two_nodes():
+        yield free_port()
 
 
 def pytest_generate_tests(metafunc):
@@ -231,7 +243,7 @@ def postgres(postgres_server):
 
 
 @pytest.fixture(scope="session")
-def postgres_server():
+def postgres_server(free_port):
     """The URL of a PostgreSQL server of its own."""
     folder = _postgres_bin()
     if folder is None:
@@ -246,9 +258,7 @@ def postgres_server():
         ids = pwd.getpwnam(user)
         os.chown(base, ids.pw_uid, ids.pw_gid)
         extra = {"user": user, "group": ids.pw_gid, "extra_groups": []}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     data = base / "data"
     run = lambda *a: subprocess.run(  # noqa: E731
         a,

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,12 +13,6 @@ import pytest
 from skimp.runtime.cascade.config import load_config
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "cascade"
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def wait_for(url, child):
@@ -34,7 +27,7 @@ def wait_for(url, child):
 
 
 @pytest.mark.timeout(500)
-def test_the_example_runs(tmp_path):
+def test_the_example_runs(tmp_path, free_port):
     for file in ("cascade.yaml", "member.py", "ask.py"):
         shutil.copy(EXAMPLE / file, tmp_path)
     ports = {n: free_port() for n in ("8001", "8002", "8080")}

@@ -71,14 +71,6 @@ def start_server(tmp_path, children, port=0):
     raise AssertionError("the server did not start")
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def configure(tmp_path, write_policy, a, b, **more):
     """A cascade, a large member alone, and a member that never answers in time."""
     policy = write_policy([("small", 1), ("large", 1)], [1.0])
@@ -184,7 +176,7 @@ def table(path, name):
 @pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.nightly)])
 @pytest.mark.timeout(500)
 def test_the_ledger_is_exact_over_thousands_of_requests_with_faults(
-    tmp_path, children, write_policy, count
+    tmp_path, children, write_policy, free_port, count
 ):
     stubs = []
     for i in range(2):
@@ -236,7 +228,9 @@ def test_the_ledger_is_exact_over_thousands_of_requests_with_faults(
 
 
 @pytest.mark.timeout(300)
-def test_killed_in_the_middle_nothing_that_was_answered_is_lost(tmp_path, children, write_policy):
+def test_killed_in_the_middle_nothing_that_was_answered_is_lost(
+    tmp_path, children, write_policy, free_port
+):
     child = Command([str(HERE / "stub.py")], "stdout", tmp_path / "stub.log")
     children.append(child)
     stub = child.line()
