@@ -128,9 +128,12 @@ class OnRay(Running):
         self.gateway.ledger.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(free_port):
-    """The port that a Ray cluster of two nodes, with this process connected, is to serve at."""
+    """The port that a Ray cluster of two nodes, with this process connected, is to serve at.
+
+    Not for a whole session: a process connects to one cluster only, and other files start theirs.
+    """
     pytest.importorskip("ray")
     with beside("cluster").two_nodes():
         yield free_port()
