@@ -37,18 +37,21 @@ SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 def passes(args):
     """The recipe, its training bounded by the budget of time."""
     seconds = 60 * args.minutes
-    project, sparsify, recover = (0.15, 0.2, 0.45) if args.projections else (0, 0.35, 0.5)
+    project = 0.15 if args.projections else 0.0
+    sparsify = 0.3 if args.alpha else 0.0
+    recover = 0.8 - project - sparsify
+    sparsified = Sparsify(
+        tokens=10**9,
+        seconds=sparsify * seconds,
+        chunk=args.chunk,
+        batch=args.rows,
+        alpha=args.alpha,
+        clamp=None if args.relufy else -10.0,
+    )
     return [
         *([Project(tokens=10**9, seconds=project * seconds)] if args.projections else []),
         *([Relufy()] if args.relufy else []),
-        Sparsify(
-            tokens=10**9,
-            seconds=sparsify * seconds,
-            chunk=args.chunk,
-            batch=args.rows,
-            alpha=args.alpha,
-            clamp=None if args.relufy else -10.0,
-        ),
+        *([sparsified] if args.alpha else []),
         Split(rows=min(args.chunk, 16_384)),
         Route(tokens=args.chunk, steps=args.route, relative=True),
         Recover(
@@ -141,15 +144,15 @@ def main():
     parser.add_argument("--projections", action="store_true")
     parser.add_argument("--relufy", action="store_true", help="ReLU in place of SiLU")
     parser.add_argument("--share", type=float, default=0.6, help="of experts, to recover at")
-    parser.add_argument("--alpha", type=float, default=0.05)
-    parser.add_argument("--lr", type=float, default=3e-4, help="peak, of recovery")
+    parser.add_argument("--alpha", type=float, default=0.0, help="Hoyer's weight; 0: no such pass")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak, of recovery")
     parser.add_argument("--jitter", type=float, default=0.2)
-    parser.add_argument("--route", type=int, default=300, help="steps of each router")
+    parser.add_argument("--route", type=int, default=1500, help="steps of each router")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sampled", type=int, default=0, help="tokens that the model writes")
     parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens")
     parser.add_argument("--expert-size", type=int, default=4)
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens held in memory")
+    parser.add_argument("--chunk", type=int, default=24_576, help="tokens held in memory")
     parser.add_argument("--rows", type=int, default=512, help="per step of layer-wise distillation")
     parser.add_argument("--segments", type=int, default=1, help="gradient checkpointing")
     parser.add_argument("--eval-tokens", type=int, default=32_768)
@@ -198,7 +201,7 @@ def main():
     trained = time.monotonic() - start
     held = on_device(held, device)
     context = Context(done.teacher, held, held, next_tokens, distance=kl_divergence)
-    shares = (0.5, 0.7, 1.0) if args.quick else SHARES
+    shares = (0.5, 0.7, 0.8, 0.9, 1.0) if args.quick else SHARES
     rows = frontier(done, context, text, shares, log)
     dense = rows[0]["perplexity"]
     good = [r for r in rows if r["kind"] == "converted" and r["perplexity"] <= 1.05 * dense]

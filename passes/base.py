@@ -318,19 +318,14 @@ def expert_norms(block: DynkFFN, h: Tensor) -> Tensor:
     return squares.clamp_min(0).sqrt()
 
 
-def row_scaled(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and labels of each row, both divided by the root mean square of its labels.
+def relative_norms(norms: Tensor) -> Tensor:
+    """Norms of each row, divided by their root mean square, ``[.., E]``.
 
-    A threshold is relative to its row's largest score, so every row's order matters alike. Without
-    this, the few rows of a language model whose activations are a hundred times the others' decide
-    what a router learns.
-
-    Args:
-        got: Scores, ``[.., E]``.
-        want: Labels, ``[.., E]``.
+    A threshold is relative to its row's largest score, so a router need not know how large a row
+    is, and every row's order matters alike. Without this, the few rows of a language model whose
+    activations are a hundred times the others' decide what a router learns.
     """
-    size = want.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    return got / size, want / size
+    return norms / norms.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def hoyer(h: Tensor) -> Tensor:

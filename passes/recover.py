@@ -40,8 +40,8 @@ from .base import (
     looking,
     paced,
     real_rows,
+    relative_norms,
     replaced,
-    row_scaled,
     task_loss,
     trainable,
 )
@@ -71,7 +71,7 @@ class _Gated(nn.Module):
         with torch.no_grad():
             norms = expert_norms(block, h)
         if self.relative:
-            scores, norms = row_scaled(scores, norms)
+            norms = relative_norms(norms)
         self.router_loss = relative_error(scores, norms, self.mask, norms.float().square().mean())
         if self.alpha:
             self.hoyer = real_rows(hoyer(h)[..., None], self.mask).mean()

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from ..ir.block import PREDICTIONS, DynkFFN
-from .base import Context, Pass, PassResult, capture, expert_norms, row_scaled, trainable
+from ..ir.block import PREDICTIONS, DynkFFN, Router
+from .base import Context, Pass, PassResult, capture, expert_norms, relative_norms, trainable
 from .lift import blocks
 from .split import split
 
@@ -75,7 +75,7 @@ class Route(Pass):
     tokens: int = 60_000
     steps: int = 900
     batch: int = 1024
-    lr: float = 3e-3
+    lr: float = 1e-2
     predicts: str = "norms"
     relative: bool = False
 
@@ -104,14 +104,9 @@ class Route(Pass):
         generator = torch.Generator().manual_seed(seed)
         block.router.predicts, block.router.top = self.predicts, 0
         with torch.no_grad():
-            wanted = torch.cat([self._labels(block, part) for part in x.split(4096)])
+            labels, size = self._labels(block, x)
             if self.predicts == "norms":
-                # Start at the size of the labels, or the first hundred steps only find it.
-                scores = block.router(x[:4096]).mean().clamp_min(1e-12)
-                block.router.up.weight.mul_(wanted.mean() / scores)
-            else:
-                wanted /= wanted.max().clamp_min(1e-12)
-            labels = row_scaled(wanted, wanted)[1] if self.relative else wanted
+                _least_squares(block.router, x[:8192], labels[:8192])
             variance = labels.var(0).mean().clamp_min(1e-12)
         optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr, fused=True)
         with trainable(block, list(block.router.parameters())):
@@ -120,28 +115,51 @@ class Route(Pass):
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
                 if self.predicts == "norms":
-                    loss = self._error(block.router.score(x[rows]), wanted[rows]) / variance
+                    loss = F.mse_loss(block.router.score(x[rows]), labels[rows])
                 else:
                     logits = block.router.predict(x[rows])
-                    loss = F.binary_cross_entropy_with_logits(logits, wanted[rows])
+                    loss = F.binary_cross_entropy_with_logits(logits, labels[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
         with torch.no_grad():
             rows = self._draw(x, 4096, generator)
-            error = self._error(block.router.score(x[rows]), wanted[rows]) / variance
+            error = F.mse_loss(block.router.score(x[rows]), labels[rows]) / variance
+            block.router.up.weight.mul_(size)
         return block, error.item()
 
     def _draw(self, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(x), (min(count, len(x)),), generator=generator)
         return rows.to(x.device)
 
-    def _error(self, scores: Tensor, wanted: Tensor) -> Tensor:
-        return F.mse_loss(*(row_scaled(scores, wanted) if self.relative else (scores, wanted)))
+    def _labels(self, block: DynkFFN, x: Tensor) -> tuple[Tensor, float]:
+        """What the router is to learn, ``[rows, E]``, and the unit that it is in."""
+        wanted = torch.cat([self._measured(block, part) for part in x.split(4096)])
+        if self.predicts != "norms":
+            return wanted / wanted.max().clamp_min(1e-12), 1.0
+        if self.relative:
+            return relative_norms(wanted), 1.0
+        size = float(wanted.square().mean().sqrt().clamp_min(1e-12))
+        return wanted / size, size
 
-    def _labels(self, block: DynkFFN, x: Tensor) -> Tensor:
+    def _measured(self, block: DynkFFN, x: Tensor) -> Tensor:
         h = block.hidden(x)
         if self.predicts == "norms":
             return expert_norms(block, h)
         each = h.abs().view(-1, block.experts, block.expert_size)
         return each.sum(-1)
+
+
+def _least_squares(router: Router, x: Tensor, labels: Tensor) -> None:
+    """Start where random hidden neurons say most: each of size 1, the best weights on them.
+
+    From random weights on both layers, hundreds of steps go by before a router knows more than the
+    mean norm of each expert.
+    """
+    h = router.down(x).relu()
+    size = h.square().mean(0).sqrt().clamp_min(1e-12)
+    router.down.weight.div_(size[:, None])
+    h = (h / size).double()
+    gram = h.T @ h
+    gram += 1e-3 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), device=x.device)
+    router.up.weight.copy_(torch.linalg.solve(gram, h.T @ labels.double()).T)
