@@ -53,7 +53,13 @@ def relative_quantile(ratio: Tensor, share: float, sample: int = 256) -> Tensor:
         sample: Rows to look at, evenly spaced.
     """
     rows = ratio[:: max(1, len(ratio) // sample)]
-    return torch.quantile(rows.flatten()[: 2**24].float(), 1 - share)
+    values = rows.flatten()[: 2**24].float()
+    tau = torch.quantile(values, 1 - share)
+    if share < 1:
+        # experts that never fire score 0, and a threshold of 0 would run them all
+        least = torch.where(values > 0, values, 1.0).amin()
+        tau = torch.maximum(tau, least)
+    return tau
 
 
 def options(gm: GraphModule, context: Context, rows: int = 1024) -> dict[str, Options]:
