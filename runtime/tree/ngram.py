@@ -13,8 +13,12 @@ from torch import Tensor
 
 from .node import Children, Tree
 
-_CHANCES = (0.02, 0.06, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8)
-"""By length of match, before anything was observed."""
+_ONLY = (0.0, 0.43, 0.58, 0.71, 0.76, 0.8, 0.85, 0.85, 0.94)
+"""Chance of what alone followed a match, by its length, before anything was observed."""
+_FIRST = (1.0, 1.0, 0.65, 0.45, 0.4)
+"""How much is left of it where 2, 3, 4 tokens followed."""
+_OTHER = (0.0, 0.0, 0.15, 0.1, 0.065)
+"""Chance of each of these after the first."""
 
 
 @dataclass(slots=True)
@@ -110,10 +114,11 @@ class NGram:
             if length > best.get(token, 0):
                 best[token] = length
         order = sorted(best, key=lambda t: -best[t])[: self.width]  # stable: the latest first
-        share = 1 / (1 + 0.5 * (len(order) - 1))
+        count = min(len(order), 4)
+        first = _ONLY[min(best[order[0]], 8)] * _FIRST[count] if order else 0.0
         return Children(
             order,
-            [_CHANCES[min(best[t], 8)] * share for t in order],
+            [_OTHER[count] if i else first for i in range(len(order))],
             [min(best[t], 8) * 4 + min(votes[t], 3) for t in order],
         )
 
