@@ -229,19 +229,18 @@ def write_onnx(
     """
     import onnx
     import onnxruntime
+    from onnx.external_data_helper import set_external_data
 
     proto = to_model(captured, opset)
     # named by its contents: until the new file takes its place, the old one needs its own
     data = path.with_name(f"{path.name}.{digest(proto)[:12]}.data")
     with drafts(path) as scratch:
         draft = scratch / path.name
-        onnx.save_model(
-            proto,
-            draft,
-            save_as_external_data=proto.ByteSize() > LARGE,
-            location=data.name,
-            size_threshold=1024,
-        )
+        if proto.ByteSize() > LARGE:  # save_model's own way stumbles over one in the working folder
+            for tensor in proto.graph.initializer:
+                if len(tensor.raw_data) >= 1024:
+                    set_external_data(tensor, data.name)
+        onnx.save_model(proto, draft)
         onnx.checker.check_model(str(draft), full_check=True)
         for kernels in (False, True)[: 1 + native]:
             errors = captured.compare(Session(draft, native=kernels).run, tolerance)

@@ -64,6 +64,9 @@ def test_large_weights_lie_beside(small, onnx_file, tmp_path, monkeypatch):
     assert report.bytes == path.stat().st_size + beside.stat().st_size
     assert beside.stat().st_size > 5000
     check_fresh("onnx", small, path, CASES, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    skimp.set_tau(small, 0.3)
+    skimp.export(small, ids(), path.name)  # the same again, in the folder where it lies
     beside.unlink()
     with pytest.raises(ArtefactError, match=r"m\.onnx"):
         skimp.load(path)
