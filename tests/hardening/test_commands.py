@@ -1,0 +1,39 @@
+"""Commands that are killed at every change of a file: what is left, and that they can go on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE))
+from commands import COMMANDS  # noqa: E402
+
+TRIED = {*COMMANDS} - {"convert", "prune-unet", "train-drafter", "mlir", "onnx", "pt2"}
+
+SLOW = {"pt2": 3, "mlir": 8, "onnx": 12, "train-drafter": 12}
+"""How many moments are enough of what takes seconds each time."""
+
+
+def attack(root, most, *names):
+    words = [sys.executable, HERE / "commands.py", "--most", str(most), root, *names]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    return {name: states for line in found for name, states in line.items()}
+
+
+def test_killed_at_some_changes_of_a_file(tmp_path):
+    found = attack(tmp_path, 2, "calibrate")["calibrate"]
+    assert found == {was: {"moments": 3, "left": [was, was]} for was in ("nothing", "old")}
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", sorted(TRIED))
+def test_killed_at_every_change_of_a_file(name, tmp_path):
+    found = attack(tmp_path, SLOW.get(name, 40), name)[name]
+    assert found["nothing"]["left"][0] == "nothing"
+    assert found["old"]["left"][0] == "old"

@@ -1,0 +1,39 @@
+"""A disk that is really full, too little memory, two at once: a message, and nothing half."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ALONE = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o "size=$1" none "$2" && shift 2 && "$@"']
+"""Runs a command where a folder is a file system in memory, which nobody else sees."""
+
+
+def scarce(what, root, *names, size=None):
+    words = [sys.executable, HERE / "scarce.py", what, root, *names]
+    if size is not None:
+        words = [*ALONE, "sh", size, root, *words]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    return {name: told for line in found for name, told in line.items()}
+
+
+def needs_a_disk(root):
+    try:
+        done = subprocess.run([*ALONE, "sh", "1m", root, "true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare is not here")
+    if done.returncode:
+        pytest.skip("this machine lets nobody mount a file system of their own")
+
+
+@pytest.mark.nightly
+def test_a_full_disk(tmp_path):
+    needs_a_disk(tmp_path)
+    found = scarce("space", tmp_path, "calibrate", "ledger", size="3m")
+    assert "No space left on device" in found["calibrate"][0]
+    assert found["ledger"] == "the ledger cannot be written: database or disk is full"
