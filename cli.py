@@ -306,6 +306,9 @@ def aot(
     _out.print(f"Kernels: {path}")
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 def main() -> None:
     """Run the command line; errors of ours are a message, not a traceback."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch warns of its own pytree
@@ -313,17 +316,16 @@ def main() -> None:
         app()
     except SkimpError as error:
         told = str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            told = str(unwritable(error.filename or "what was being written", error))
+        elif out_of_memory(error):
+            told = (
+                f"not enough memory ({str(error).splitlines()[0] if str(error) else 'no more'}); "
+                "give it less at once (fewer or shorter texts, a smaller model) or more memory. "
+                "Nothing half-written is left; a command that goes on after an interruption will."
+            )
+        else:
             raise
-        told = str(unwritable(error.filename or "what was being written", error))
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        told = (
-            f"not enough memory ({str(error).splitlines()[0] if str(error) else 'no more'}); give "
-            "it less at once (fewer or shorter texts, a smaller model) or more memory. Nothing "
-            "half-written is left; a command that goes on after an interruption will."
-        )
     _err.print("[red]error:[/]", escape(told), highlight=False)
     raise SystemExit(1)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -184,6 +185,15 @@ def encoder(place):
 
 
 def convert(place, value):
+    """With every pass of the recipe, each in a few steps; called where nothing else runs."""
+    from skimp.runtime import demo
+
+    whole = demo.recipe
+    brief = {"tokens": 500, "steps": 3}
+    demo.recipe = lambda *given, **more: [
+        replace(p, **{k: v for k, v in brief.items() if hasattr(p, k)})
+        for p in whole(*given, **more)
+    ]
     words = ["convert", "dense", "--text", f"{value}.txt", "--out", "model"]
     return [*words, "--budget", "flops <= 0.9"]
 
@@ -443,12 +453,11 @@ COMMANDS = {
 
 
 @contextmanager
-def ready(folder, names):
+def ready(names):
     """What the commands of these names need, in this process and around it; yields them."""
     import skimp.cli  # noqa: F401  # once for all forks
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["SKIMP_CACHE"] = str(folder.absolute() / "cache")
     for name in names:
         for module in COMMANDS[name].imports:
             import_module(module)
@@ -467,7 +476,7 @@ def main():
     parser.add_argument("--most", type=int, help="moments of each, spread over all there are")
     parser.add_argument("names", nargs="*", help="of: " + ", ".join(COMMANDS))
     args = parser.parse_args()
-    with ready(args.folder, args.names or list(COMMANDS)) as commands:
+    with ready(args.names or list(COMMANDS)) as commands:
         for command in commands:
             found = attack(command, args.folder.absolute(), args.most)
             print(json.dumps({command.name: found}), flush=True)  # noqa: T201

@@ -160,7 +160,9 @@ def main():
     root = args.folder.absolute()
     attack = {"space": space, "memory": memory, "twice": twice}[args.what]
     wanted = [n for n in args.names if n != "ledger"]
-    with ready(root, wanted) as commands:
+    if args.what == "space":
+        os.environ["SKIMP_CACHE"] = str(root / "cache")
+    with ready(wanted) as commands:
         for command in commands:
             print(json.dumps({command.name: attack(command, root)}), flush=True)  # noqa: T201
         if "ledger" in args.names:

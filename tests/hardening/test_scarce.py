@@ -37,3 +37,12 @@ def test_a_full_disk(tmp_path):
     found = scarce("space", tmp_path, "calibrate", "ledger", size="3m")
     assert "No space left on device" in found["calibrate"][0]
     assert found["ledger"] == "the ledger cannot be written: database or disk is full"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+def test_two_conversions_into_one_folder(tmp_path):
+    """One is refused while another runs, however that was slowed down, and that one ends well."""
+    pytest.importorskip("transformers")
+    told = scarce("twice", tmp_path, "convert")["convert"]
+    assert told.startswith("error: another process is converting into model-stages; wait for it")

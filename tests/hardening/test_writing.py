@@ -63,6 +63,8 @@ def test_a_full_disk_is_said_and_harms_nothing(tmp_path):
     [
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "not enough memory"),
+        (OSError(12, "Cannot allocate memory"), "not enough memory"),  # of a fork or a mapping
+        (ImportError("lib.so: cannot allocate memory in static TLS block"), "not enough memory"),
         (OSError(28, "No space left on device", "here"), "here cannot be written"),
     ],
 )
@@ -75,3 +77,12 @@ def test_what_lacks_is_a_message_and_no_traceback(error, message, monkeypatch, c
         cli.main()
     assert end.value.code == 1
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def fail():
+        raise ImportError("no module named x")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ImportError):
+        cli.main()
