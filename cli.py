@@ -327,5 +327,8 @@ def main() -> None:
             )
         else:
             raise
-    _err.print("[red]error:[/]", escape(told), highlight=False)
+    try:
+        _err.print("[red]error:[/]", escape(told), highlight=False)
+    except MemoryError:  # a plain line needs less
+        sys.stderr.write(f"error: {told}\n")
     raise SystemExit(1)

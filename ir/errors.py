@@ -73,9 +73,18 @@ def unwritable(path: object, error: Exception) -> UnwritableError:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was all that lacked; torch says so in the text of a RuntimeError."""
+    """Whether memory was all that lacked; torch says so in the text of a RuntimeError.
+
+    A thread that has no room for its stack is told of without a reason, and so is a library that
+    has none to be loaded into (where a folder forbids that, a reason follows).
+    """
     told = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in told or "out of memory" in told
+    signs = ("allocate memory", "out of memory", "can't start new thread")
+    return (
+        isinstance(error, MemoryError)
+        or any(s in told for s in signs)
+        or told.endswith("failed to map segment from shared object")
+    )
 
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)

@@ -140,6 +140,9 @@ def ask(command, place, value, watch=None, said="said.txt"):
         cli.main()
     except SystemExit as end:
         return end.code or 0
+    except Exception:
+        traceback.print_exc()
+        return 1
     finally:
         sys.stdout.flush()
     return 0

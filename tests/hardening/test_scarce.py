@@ -46,3 +46,12 @@ def test_two_conversions_into_one_folder(tmp_path):
     pytest.importorskip("transformers")
     told = scarce("twice", tmp_path, "convert")["convert"]
     assert told.startswith("error: another process is converting into model-stages; wait for it")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["calibrate"])
+def test_too_little_memory(name, tmp_path):
+    tries = scarce("memory", tmp_path, name)[name]
+    assert tries[0][1] == 1
+    assert tries[-1][1] == 0

@@ -65,6 +65,7 @@ def test_a_full_disk_is_said_and_harms_nothing(tmp_path):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "not enough memory"),
         (OSError(12, "Cannot allocate memory"), "not enough memory"),  # of a fork or a mapping
         (ImportError("lib.so: cannot allocate memory in static TLS block"), "not enough memory"),
+        (ImportError("x.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(28, "No space left on device", "here"), "here cannot be written"),
     ],
 )
