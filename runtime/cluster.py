@@ -3,6 +3,8 @@
 Nothing of Ray is imported before it is asked for.
 """
 
+import ctypes
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from ..passes.base import Each
 
 RETRIES = 3
 """How often a piece of work begins again after its worker died."""
+_MMAP_THRESHOLD = -3
+"""From ``malloc.h``: allocations of so many bytes go back to the system when they are freed."""
 
 
 @contextmanager
@@ -62,6 +66,7 @@ def connected(address: str) -> Iterator[Any]:
 
 def _each(ray: Any, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Results in order, with two pieces of work a processor handed out at a time."""
+    _share_tensors(ray)
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_alone)
     shared, threads = ray.put(work), torch.get_num_threads()
     ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -84,5 +89,48 @@ def _each(ray: Any, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterato
 
 def _alone(work: Callable[[Any], Any], item: Any, threads: int) -> Any:
     """Do one piece of work in a worker."""
+    import ray
+
+    _share_tensors(ray)
+    _return_memory()
     torch.set_num_threads(threads)
     return work(item)
+
+
+def _return_memory() -> None:
+    """Hold nothing of the layer before, and give back what is freed of the next one at once.
+
+    Optimisers hold themselves in cycles. The C library keeps freed memory for later allocations,
+    and learns to do so with ever larger ones, among which a layer's weights then lie.
+    """
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 2**20)
+
+
+def _share_tensors(ray: Any) -> None:
+    """Let what this process sends hold the bytes of tensors once, where others can read them.
+
+    PyTorch's own pickles hold them in the pickle: who reads or writes one needs room for both.
+    """
+    ray.util.register_serializer(
+        torch.storage.TypedStorage, serializer=_bytes_of, deserializer=_storage_of
+    )
+
+
+def _bytes_of(storage: Any) -> tuple[Any, ...]:
+    """A tensor's memory as an array that Ray takes as it is; on a GPU, as PyTorch pickles it."""
+    if storage.device.type != "cpu":
+        return tuple(storage.__reduce__())
+    own = torch.empty(0, dtype=torch.uint8).set_(storage.untyped())
+    return own.numpy(), storage.dtype
+
+
+def _storage_of(told: tuple[Any, ...]) -> Any:
+    """Memory of its own, since the shared one cannot be written."""
+    what, how = told
+    if callable(what):
+        return what(*how)
+    own = torch.from_numpy(what.copy()).untyped_storage()
+    return torch.storage.TypedStorage(wrap_storage=own, dtype=how, _internal=True)
