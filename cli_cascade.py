@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,9 @@ def calibrate(
     ] = 0.0,
     held_out: Annotated[float, typer.Option(help="Share kept for validation.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of draws and splits.")] = 0,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray cluster whose workers try the policies: HOST:PORT.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose thresholds without labels, under a bound on what a query costs.
@@ -70,7 +74,8 @@ def calibrate(
     rest = (1 - held_out) / 2
     shares = (rest, rest, held_out)
     goal = Goal(budget, alpha, mode, delta, control, shares, seed, tolerance)  # type: ignore[arg-type]
-    found = run(table, goal)
+    with nullcontext(map) if ray is None else _on_ray(ray) as each:
+        found = run(table, goal, each)
     for warning in table.warnings:
         err.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if isinstance(found, Infeasible):
@@ -87,6 +92,12 @@ def calibrate(
         print_json({"status": "feasible", "file": str(out)} | record)
         return
     _show_policy(record, out)
+
+
+def _on_ray(address: str) -> Any:
+    from .runtime.cluster import on_ray  # which loads torch, that nothing else here needs
+
+    return on_ray(address)
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ with probability 1 - delta over calibrations, P(C > B) <= alpha holds for the po
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,8 @@ SKIP = float("inf")
 """The threshold of a member that is not called at all."""
 
 Mode = Literal["paper", "strict"]
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""Does the same for every part of the policies, wherever it likes: see :mod:`...passes.base`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,11 @@ def split(n: int, shares: tuple[float, float, float], seed: int) -> list[NDArray
 
 
 def search(
-    learn: Table, bound: Table, goal: Goal, thresholds: NDArray[np.float64] | None = None
+    learn: Table,
+    bound: Table,
+    goal: Goal,
+    thresholds: NDArray[np.float64] | None = None,
+    each: Each = map,
 ) -> tuple[NDArray[np.float64], dict[str, Any]] | Infeasible:
     """The policy of least regret on ``learn`` among those whose cost bound holds on ``bound``.
 
@@ -202,10 +209,10 @@ def search(
         least = int(np.ceil(np.log(goal.delta) / np.log1p(-goal.alpha)))
         why = f"{n} calibration queries cannot show a share of {goal.alpha:g} at {goal.delta:g}"
         return Infeasible(f"{why}, whatever they cost: it takes {least}", least_queries=least)
-    regret, mean, tail = _on_learn(learn, tau, goal.alpha)
+    regret, mean, tail = _on_learn(learn, tau, goal.alpha, each)
     order = np.lexsort((mean, tail))  # cheapest first, known before `bound` is looked at
     tau, regret, mean = tau[order], regret[order], mean[order]
-    quantile, violations, least_costs = _on_bound(bound, tau, goal, rank)
+    quantile, violations, least_costs = _on_bound(bound, tau, goal, rank, each)
     if goal.mode == "paper":
         feasible = quantile <= goal.budget
         least_budget = float(quantile.min())
@@ -229,10 +236,17 @@ def search(
     }
 
 
-def calibrate(table: Table, goal: Goal) -> Chosen | Infeasible:
-    """Split the queries, search, and validate on those that nothing was chosen on."""
+def calibrate(table: Table, goal: Goal, each: Each = map) -> Chosen | Infeasible:
+    """Split the queries, search, and validate on those that nothing was chosen on.
+
+    Args:
+        table: Of the queries.
+        goal: What is asked of the policy.
+        each: Where policies are tried, many at a time; by default here.
+            :func:`skimp.runtime.cluster.on_ray` gives one for a cluster, of the same result.
+    """
     learn, bound, rest = (table.take(rows) for rows in split(len(table), goal.shares, goal.seed))
-    found = search(learn, bound, goal)
+    found = search(learn, bound, goal, each=each)
     if isinstance(found, Infeasible):
         return found
     tau, evidence = found
@@ -272,33 +286,42 @@ def validate(table: Table, tau: NDArray[np.float64], budget: float) -> dict[str,
     }
 
 
-def _on_learn(table: Table, tau: NDArray[np.float64], alpha: float) -> tuple[Any, Any, Any]:
+def _on_learn(table: Table, tau: NDArray[np.float64], alpha: float, each: Each) -> Any:
     """Regret, mean cost and the 1 - alpha quantile of the cost, each ``[T]``."""
-    regret, mean, tail = [], [], []
     at = min(len(table) - 1, int((1 - alpha) * len(table)))
-    for part in _parts(tau, len(table)):
-        exits, cost = outcomes(table, part)
-        regret.append(disagreement(table, exits).mean(1))
-        mean.append(cost.mean(1))
-        tail.append(np.partition(cost, at, axis=1)[:, at])
-    return np.concatenate(regret), np.concatenate(mean), np.concatenate(tail)
+    return _joined(each(partial(_learnt, table, at), _parts(tau, len(table))))
+
+
+def _learnt(table: Table, at: int, part: NDArray[np.float64]) -> tuple[Any, Any, Any]:
+    exits, cost = outcomes(table, part)
+    return (
+        disagreement(table, exits).mean(1),
+        cost.mean(1),
+        np.partition(cost, at, axis=1)[:, at],
+    )
 
 
 def _on_bound(
-    table: Table, tau: NDArray[np.float64], goal: Goal, rank: int | None
-) -> tuple[Any, Any, Any]:
+    table: Table, tau: NDArray[np.float64], goal: Goal, rank: int | None, each: Each
+) -> Any:
     """The conformal quantile, the violations, and the least budget that passes, each ``[T]``."""
     n = len(table)
     at = n - 1 if rank is None else rank - 1
     level = goal.delta / (1 if goal.control == "fixed-sequence" else len(tau))
     allowed = int((p_values(np.arange(n + 1), n, goal.alpha) <= level).sum()) - 1
-    quantile, violations, least = [], [], []
-    for part in _parts(tau, n):
-        cost = np.sort(outcomes(table, part)[1], axis=1)
-        quantile.append(cost[:, at])
-        violations.append((cost > goal.budget).sum(1))
-        least.append(cost[:, n - 1 - max(allowed, 0)])
-    return np.concatenate(quantile), np.concatenate(violations), np.concatenate(least)
+    columns = at, n - 1 - max(allowed, 0)
+    return _joined(each(partial(_bounded, table, goal.budget, columns), _parts(tau, n)))
+
+
+def _bounded(
+    table: Table, budget: float, columns: tuple[int, int], part: NDArray[np.float64]
+) -> tuple[Any, Any, Any]:
+    cost = np.sort(outcomes(table, part)[1], axis=1)
+    return cost[:, columns[0]], (cost > budget).sum(1), cost[:, columns[1]]
+
+
+def _joined(parts: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def _parts(tau: NDArray[np.float64], n: int) -> list[NDArray[np.float64]]:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import skimp
 import torch
@@ -85,6 +86,22 @@ def test_what_fails_in_a_worker_fails_here(address):
 
     with on_ray(address) as each, pytest.raises(skimp.SkimpError, match="layer 0"):
         list(each(work, range(2)))
+
+
+def test_policies_are_the_same_wherever_they_are_tried(address):
+    from skimp.runtime.cascade.calibrate import Goal, _parts, calibrate, grid
+    from skimp.runtime.cascade.traces import MemberSpec, Table
+
+    rng, n, samples = np.random.default_rng(0), 400, (39, 39, 39, 1)
+    answer = rng.integers(0, 3, (n, 4))
+    votes = rng.integers(0, 40, (n, 4)) / samples
+    cost = rng.gamma(4, 1, (n, 4)) * 10.0 ** np.arange(-5, -1)
+    members = tuple(MemberSpec(f"m{j}", k) for j, k in enumerate(samples))
+    table = Table(members, answer, votes, cost, tuple(map(str, range(n))), "made")
+    goal = Goal(budget=0.01, alpha=0.2)
+    assert len(_parts(grid(samples), n * 2 // 5)) > 1
+    with on_ray(address) as each:
+        assert calibrate(table, goal, each) == calibrate(table, goal)
 
 
 def test_ray_is_imported_only_when_asked_for(monkeypatch):
