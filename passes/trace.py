@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from ..ir.errors import TraceError
+from ..ir.errors import TraceError, out_of_memory
 
 
 def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
@@ -32,6 +32,8 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> GraphModule:
         with torch.no_grad(), _without_cache(model):
             program = torch.export.export(model, (), dict(example), dynamic_shapes=free)
     except Exception as error:
+        if out_of_memory(error):
+            raise  # no fault of the model
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise TraceError(
             f"{type(model).__name__} cannot be captured as one graph: {first_line}\n"

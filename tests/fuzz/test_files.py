@@ -197,18 +197,18 @@ def test_artefacts_ten_thousand_times(converted, tmp_path):
     damage_artefact(converted, tmp_path, MANY)
 
 
-def test_responses(tmp_path):
-    path = tmp_path / "responses.jsonl"
+def damage_responses(place, count):
+    path = place / "responses.jsonl"
     cache = ResponseCache(path)
     for i in range(3):
         ask = [{"role": "user", "content": f"{i}?"}]
         cache.put("small", ask, {"temperature": 0}, 0, Response("7", 1e-5))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    attack(ResponseCache, rows, lambda r: lines(r) + b"\n", path, FEW)
+    return attack(ResponseCache, rows, lambda r: lines(r) + b"\n", path, count)
 
 
-def test_archives(tmp_path):
-    path = tmp_path / "m.pt2"
+def damage_archives(place, count):
+    path = place / "m.pt2"
 
     def write(index):
         with zipfile.ZipFile(path, "w") as archive:
@@ -216,11 +216,31 @@ def test_archives(tmp_path):
         loaded.append(path, index, {"skimp/note": b"text"})
         return path.read_bytes()
 
-    attack(lambda p: loaded.read(p, 1), {"version": 1, "taus": {"a": "b"}}, write, path, FEW)
+    valid = {"version": 1, "taus": {"a": "b"}}
+    return attack(lambda p: loaded.read(p, 1), valid, write, path, count)
 
 
-def test_the_log_of_a_judge(tmp_path):
-    path = tmp_path / "log.json"
+def damage_log(place, count):
+    path = place / "log.json"
     save_log(Judged([], [Version(0, "guide", None, "first")]), path)
     valid = json.loads(path.read_text())
-    attack(read_log, valid, lambda r: json.dumps(r).encode(), path, FEW)
+    return attack(read_log, valid, lambda r: json.dumps(r).encode(), path, count)
+
+
+OTHERS = {
+    "stored responses": damage_responses,
+    "exported archive": damage_archives,
+    "log of a judge": damage_log,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_skimp_writes(name, tmp_path):
+    OTHERS[name](tmp_path, FEW)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_skimp_writes_ten_thousand_times(name, tmp_path):
+    OTHERS[name](tmp_path, MANY)

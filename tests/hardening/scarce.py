@@ -44,7 +44,8 @@ def lacks(command, place, *needles):
 
 def unharmed(command, place, old, files):
     assert child(command.seen, place) == old, "the old result is not what it was"
-    assert names(place) == files
+    # finished stages of a conversion may have taken the place of others
+    assert [n for n in names(place) if "-stages/" not in n] == files
     drafts = list(place.rglob(".skimp-draft-*"))
     assert not drafts, drafts
 
@@ -52,7 +53,8 @@ def unharmed(command, place, old, files):
 def space(command, root):
     """No room, and some: the old result stays; with room again, the new one is written."""
     place, old = made(command, root)
-    files, told, ballast = names(place), [], root / "ballast"
+    told, ballast = [], root / "ballast"
+    files = [n for n in names(place) if "-stages/" not in n]
     for left in (0, 4096, 16384, 65536):
         with ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(root).free - left)
@@ -77,7 +79,8 @@ def limited(command, place, value, spare):
 def memory(command, root):
     """Ever more memory until it is enough: until then a message, and nothing half."""
     place, old = made(command, root)
-    files, told = names(place), []
+    told = []
+    files = [n for n in names(place) if "-stages/" not in n]
     for spare in (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048):
         code = child(limited, command, place, "new", spare * MIB)
         text = place.with_name("said.txt").read_text()

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE))
 from commands import COMMANDS  # noqa: E402
 
-TRIED = {*COMMANDS} - {"convert", "prune-unet", "train-drafter", "mlir", "onnx", "pt2"}
+TRIED = {*COMMANDS} - {"prune-unet", "mlir", "onnx", "pt2"}
 
 SLOW = {"pt2": 3, "mlir": 8, "onnx": 12, "train-drafter": 12}
 """How many moments are enough of what takes seconds each time."""
