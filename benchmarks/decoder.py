@@ -52,7 +52,7 @@ def passes(args):
         *([Project(tokens=10**9, seconds=project * seconds)] if args.projections else []),
         *([Relufy()] if args.relufy else []),
         *([sparsified] if args.alpha else []),
-        Split(rows=min(args.chunk, 16_384)),
+        Split(rows=min(args.chunk, 8192)),
         Route(tokens=args.chunk, steps=args.route, relative=True),
         Recover(
             share=args.share,
@@ -62,13 +62,17 @@ def passes(args):
             jitter=args.jitter,
             lr=args.lr,
             relative=True,
+            even=False,
         ),
-        Budget(f"flops <= {args.share + 0.1:.2f}"),
+        Budget(f"flops <= {args.share + 0.1:.2f}", even=False),
     ]
 
 
 def frontier(done, context, text, shares, log):
-    """Perplexity of the dense model, of perfect neuron selection, and of the converted one."""
+    """Perplexity of the dense model, of perfect neuron selection, and of the converted one.
+
+    Its experts are allotted to blocks by what each loses, or, to compare, evenly.
+    """
     rows = []
 
     def add(kind, share, flops, whole, ppl, kl=None):
@@ -81,13 +85,17 @@ def frontier(done, context, text, shares, log):
             with best_neurons(done.teacher, share):
                 # a bound: choosing is not counted, and there is no cheap way to choose so
                 add("best neurons", share, share, float("nan"), perplexity(done.teacher, text))
-        for share, taus in zip(shares, taus_at(done.model, context, shares), strict=True):
-            set_tau(done.model, taus)
-            quality = evaluate(done.model, context, context.held_out)
-            batch = context.held_out[0]
-            whole = whole_model_flops(done.teacher, done.model, batch, quality.experts)
-            ppl = perplexity(done.model, text)
-            add("converted", share, quality.flops, whole["whole_share"], ppl, quality.distance)
+        batch = context.held_out[0]
+        for kind, even in (("converted", False), ("even", True)):
+            chosen = shares if not even else [s for s in shares if 0.6 < s < 1]
+            for share, taus in zip(
+                chosen, taus_at(done.model, context, chosen, even=even), strict=True
+            ):
+                set_tau(done.model, taus)
+                quality = evaluate(done.model, context, context.held_out)
+                whole = whole_model_flops(done.teacher, done.model, batch, quality.experts)
+                ppl = perplexity(done.model, text)
+                add(kind, share, quality.flops, whole["whole_share"], ppl, quality.distance)
     return rows
 
 
@@ -119,7 +127,7 @@ def decoder(model, prompt, backend):
 
 def decode_speed(model, done, prompt, share, context, seconds):
     """Tokens per second of the converted model, and of the dense one compiled both ways."""
-    set_tau(done.model, taus_at(done.model, context, [share])[0])
+    set_tau(done.model, taus_at(done.model, context, [share], even=False)[0])
     converted, dense = grafted(model, done.model), grafted(model, done.teacher)
     calls = {
         "dense, Inductor": decoder(model, prompt, "inductor"),
@@ -151,7 +159,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sampled", type=int, default=0, help="tokens that the model writes")
     parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens")
-    parser.add_argument("--expert-size", type=int, default=4)
+    parser.add_argument("--expert-size", type=int, default=2)
     parser.add_argument("--chunk", type=int, default=24_576, help="tokens held in memory")
     parser.add_argument("--rows", type=int, default=512, help="per step of layer-wise distillation")
     parser.add_argument("--segments", type=int, default=1, help="gradient checkpointing")
