@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from decoder_page import write_page
 from skimp.ir.cost import write_atomically
 from skimp.ir.measure import agree, compare, machine
 from skimp.passes.base import Context, kl_divergence, next_tokens
@@ -31,7 +32,7 @@ from skimp.passes.sparsify import Relufy, Sparsify
 from skimp.runtime.language import best_neurons, perplexity, sampled, wikitext2, windows
 from skimp.runtime.models import DECODER, load_pretrained
 
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 
 
 def passes(args):
@@ -87,7 +88,7 @@ def frontier(done, context, text, shares, log):
                 add("best neurons", share, share, float("nan"), perplexity(done.teacher, text))
         batch = context.held_out[0]
         for kind, even in (("converted", False), ("even", True)):
-            chosen = shares if not even else [s for s in shares if 0.6 < s < 1]
+            chosen = shares if not even else [s for s in shares if 0.85 < s < 0.95]
             for share, taus in zip(
                 chosen, taus_at(done.model, context, chosen, even=even), strict=True
             ):
@@ -167,6 +168,7 @@ def main():
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="fewer shares and repeats")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decoder.json"))
+    parser.add_argument("--docs", type=Path, help="page to write, docs/decoder.md")
     args = parser.parse_args()
 
     def log(text):
@@ -209,7 +211,7 @@ def main():
     trained = time.monotonic() - start
     held = on_device(held, device)
     context = Context(done.teacher, held, held, next_tokens, distance=kl_divergence)
-    shares = (0.5, 0.7, 0.8, 0.9, 1.0) if args.quick else SHARES
+    shares = (0.7, 0.8, 0.9, 0.95, 1.0) if args.quick else SHARES
     rows = frontier(done, context, text, shares, log)
     dense = rows[0]["perplexity"]
     good = [r for r in rows if r["kind"] == "converted" and r["perplexity"] <= 1.05 * dense]
@@ -235,6 +237,8 @@ def main():
         "history": done.history,
     }
     write_atomically(args.out, json.dumps(result, indent=1).encode())
+    if args.docs:
+        write_atomically(args.docs, write_page(result).encode())
     if args.json:
         print(json.dumps(result))
 

@@ -21,6 +21,7 @@ WRITTEN = {
     "index.md": "Start",
     "how.md": "How it works",
     "decode.md": "Decoding with trees",
+    "decoder.md": "A decoder made sparse",
     "decode_step.md": "One decoding step",
     "serving.md": "Serving",
     "router.md": "Routing over several hops",
