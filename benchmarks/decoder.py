@@ -63,16 +63,16 @@ def passes(args):
             jitter=args.jitter,
             lr=args.lr,
             relative=True,
-            even=False,
         ),
-        Budget(f"flops <= {args.share + 0.1:.2f}", even=False),
+        Budget(f"flops <= {args.share + 0.1:.2f}"),
     ]
 
 
 def frontier(done, context, text, shares, log):
     """Perplexity of the dense model, of perfect neuron selection, and of the converted one.
 
-    Its experts are allotted to blocks by what each loses, or, to compare, evenly.
+    The same share of experts runs in every block; to compare, they are also allotted to blocks by
+    what each loses.
     """
     rows = []
 
@@ -87,8 +87,8 @@ def frontier(done, context, text, shares, log):
                 # a bound: choosing is not counted, and there is no cheap way to choose so
                 add("best neurons", share, share, float("nan"), perplexity(done.teacher, text))
         batch = context.held_out[0]
-        for kind, even in (("converted", False), ("even", True)):
-            chosen = shares if not even else [s for s in shares if 0.85 < s < 0.95]
+        for kind, even in (("converted", True), ("allotted", False)):
+            chosen = shares if even else [s for s in shares if 0.85 < s < 0.95]
             for share, taus in zip(
                 chosen, taus_at(done.model, context, chosen, even=even), strict=True
             ):
@@ -128,7 +128,7 @@ def decoder(model, prompt, backend):
 
 def decode_speed(model, done, prompt, share, context, seconds):
     """Tokens per second of the converted model, and of the dense one compiled both ways."""
-    set_tau(done.model, taus_at(done.model, context, [share], even=False)[0])
+    set_tau(done.model, taus_at(done.model, context, [share])[0])
     converted, dense = grafted(model, done.model), grafted(model, done.teacher)
     calls = {
         "dense, Inductor": decoder(model, prompt, "inductor"),
@@ -211,7 +211,7 @@ def main():
     trained = time.monotonic() - start
     held = on_device(held, device)
     context = Context(done.teacher, held, held, next_tokens, distance=kl_divergence)
-    shares = (0.7, 0.8, 0.9, 0.95, 1.0) if args.quick else SHARES
+    shares = (0.7, 0.8, 0.85, 0.9, 0.95, 1.0) if args.quick else SHARES
     rows = frontier(done, context, text, shares, log)
     dense = rows[0]["perplexity"]
     good = [r for r in rows if r["kind"] == "converted" and r["perplexity"] <= 1.05 * dense]

@@ -10,7 +10,7 @@ KINDS = {
     "dense": "dense",
     "best neurons": "best neurons, chosen in hindsight",
     "converted": "converted",
-    "even": "converted, the same share in every block",
+    "allotted": "converted, experts allotted to blocks by what each loses",
 }
 
 
@@ -46,7 +46,7 @@ for {minutes:.0f} minutes in all everything is, while {float(options["share"]):.
 run. No labels: the loss is the divergence from the dense model's next tokens, on text that Python
 carries. Perplexity is of WikiText-2 (validation), {text["tokens"]:,} tokens in windows of
 {text["window"]} without overlap. *Best neurons* is a bound: the neurons of the largest outputs,
-found by computing them all. Experts are allotted to blocks by what each block loses.
+found by computing them all.
 
 {found}
 
