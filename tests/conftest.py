@@ -4,6 +4,11 @@ Under pytest-xdist a file runs in one process (`--dist loadfile`), so the suite 
 file does. With --no-loadscope-reorder files are handed out in this order.
 """
 
+import os
+
+# a cluster of Ray is to stay on loopback; it reads this as it is imported, here and in children
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 LONGEST = (  # by CPU seconds; a file not named comes after them
     "test_triton",
     "test_hub",

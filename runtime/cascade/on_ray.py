@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ...ir.errors import ClusterError
+from ...ir.errors import ClusterError, SkimpError
 from .build import build_gateway, build_member, build_policies, ledger_url
 from .config import Config, ConfigError, MemberConfig, ReplicasConfig, parse_config
 from .gateway import members_exist
@@ -47,9 +47,11 @@ def deploy(config: Config, folder: Path, host: str, port: int) -> None:
         port: Likewise.
 
     Raises:
-        ConfigError: It needs PostgreSQL; or no other machine could make sense of it.
+        ConfigError: It needs PostgreSQL; or no other machine could make sense of it, for want of
+            a key in its environment for example. What served before serves on.
         ClusterError: Ray could not start it.
     """
+    import ray
     from ray import serve
 
     replicas = config.server.replicas
@@ -60,16 +62,21 @@ def deploy(config: Config, folder: Path, host: str, port: int) -> None:
             "a file of one machine; give the URL of a PostgreSQL database, or let there be 1"
         )
     members_exist(build_policies(config, folder), config.members)  # or it fails where it serves
+    told = packed(config, folder)
+    try:
+        ray.get(ray.remote(num_cpus=0)(check).remote(told))  # or what serves now would end with it
+    except SkimpError as error:
+        raise ConfigError(f"on a node of the cluster: {getattr(error, 'cause', error)}") from error
     members = {n: _local(m) for n, m in config.members.items() if m.local is not None}
     handles = {}
-    for name, told in members.items():
+    for name, local in members.items():
         called, own = f"member-{quote(name, safe='')}", config.members[name].replicas
-        handles[name] = _deployment(serve, LocalReplica, called, own, 2, told).bind(told)
+        handles[name] = _deployment(serve, LocalReplica, called, own, 2, local).bind(local)
     most = config.server.max_in_flight
     gateway = _deployment(
         serve, serve.ingress(None)(Ingress), "gateway", replicas, max(1, most // 4), sorted(members)
     ).options(
-        user_config=packed(config, folder),
+        user_config=told,
         max_ongoing_requests=most + 64,  # more than the limit, so that skimp says what is too much
         graceful_shutdown_timeout_s=config.server.timeout_s + 5,
     )
@@ -178,6 +185,23 @@ def unpacked(told: Mapping[str, Any]) -> Iterator[tuple[Config, Path]]:
 
 
 # -- in the gateways' processes ---------------------------------------------------------------
+
+
+def check(told: dict[str, Any]) -> None:
+    """Start a gateway of it on some node and stop it: keys and the ledger are looked for there.
+
+    Raises:
+        SkimpError: It cannot be started.
+    """
+    local = [n for n, m in told["config"]["members"].items() if m["local"]]
+    ingress = Ingress(dict.fromkeys(local, "nobody"))
+
+    async def once() -> None:
+        await ingress.reconfigure(told)
+        assert ingress.served is not None
+        await ingress.served.stop()
+
+    asyncio.run(once())
 
 
 class Ingress:
