@@ -34,7 +34,11 @@ def address():
     from ray.cluster_utils import Cluster
 
     node = dict(num_cpus=1, object_store_memory=100 * 2**20)
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    head = node | {"include_dashboard": False}
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+    except Exception:  # Ray gives its processes 30 seconds, which is little on a busy machine
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.add_node(**node)
         yield cluster.address

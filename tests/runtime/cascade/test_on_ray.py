@@ -21,6 +21,7 @@ def ask(server, model, text, **more):
     return client.chat.completions.create(model=model, messages=messages, **more)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("serve", ["ray"], indirect=True)
 def test_local_members_apart_and_a_policy_that_changes_meanwhile(serve, provider, llama, tmp_path):
     for part in llama:
