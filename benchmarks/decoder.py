@@ -11,6 +11,7 @@ it trains and measures perplexity, no speed.
 import argparse
 import copy
 import json
+import os
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -234,6 +235,7 @@ def main():
         "frontier": rows,
         "within_5_percent": best,
         "decode": speed,
+        "load": os.getloadavg()[0],
         "history": done.history,
     }
     write_atomically(args.out, json.dumps(result, indent=1).encode())
