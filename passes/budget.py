@@ -164,7 +164,7 @@ class Budget(Pass):
                     break
                 # after some tries only down, so that the end is within the budget
                 step = max(over, 0) + margin if len(tried) >= 4 else over + margin
-                low = high = max(0.0, share - step)
+                low = high = min(1.0, max(0.0, share - step))
             elif high - low <= self.tolerance:
                 if kept or high >= 1:
                     break
