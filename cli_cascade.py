@@ -66,6 +66,7 @@ def calibrate(
     from .runtime.cascade.policy import policy_record, save_policy
     from .runtime.cascade.specs import specs_of
     from .runtime.cascade.traces import read_traces, tabulate
+    from .runtime.cluster import on_ray
 
     rows = read_traces(traces)
     specs, default = specs_of(members, config, rows)
@@ -74,7 +75,7 @@ def calibrate(
     rest = (1 - held_out) / 2
     shares = (rest, rest, held_out)
     goal = Goal(budget, alpha, mode, delta, control, shares, seed, tolerance)  # type: ignore[arg-type]
-    with nullcontext(map) if ray is None else _on_ray(ray) as each:
+    with nullcontext(map) if ray is None else on_ray(ray) as each:
         found = run(table, goal, each)
     for warning in table.warnings:
         err.print(f"[yellow]warning:[/] {warning}", highlight=False)
@@ -92,12 +93,6 @@ def calibrate(
         print_json({"status": "feasible", "file": str(out)} | record)
         return
     _show_policy(record, out)
-
-
-def _on_ray(address: str) -> Any:
-    from .runtime.cluster import on_ray  # which loads torch, that nothing else here needs
-
-    return on_ray(address)
 
 
 def _fields(value: Any) -> dict[str, Any]:

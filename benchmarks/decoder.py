@@ -88,8 +88,7 @@ def frontier(done, context, text, shares, log):
                 # a bound: choosing is not counted, and there is no cheap way to choose so
                 add("best neurons", share, share, float("nan"), perplexity(done.teacher, text))
         batch = context.held_out[0]
-        for kind, even in (("converted", True), ("allotted", False)):
-            chosen = shares if even else [s for s in shares if 0.85 < s < 0.95]
+        for kind, even, chosen in (("converted", True, shares), ("allotted", False, (0.9,))):
             for share, taus in zip(
                 chosen, taus_at(done.model, context, chosen, even=even), strict=True
             ):

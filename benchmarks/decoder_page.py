@@ -53,7 +53,9 @@ found by computing them all.
 {table(head, rows)}"""
     if speed is not None:
         load = result.get("load")
-        alone = "" if load is None else f" The load average was {load:.1f}."
+        alone = "Whether others used the machine was not recorded."
+        if load is not None:
+            alone = f"The load average was {load:.1f}."
         rates = speed["tokens_per_second"]
         lines = []
         for name, rate in rates.items():
@@ -63,7 +65,7 @@ found by computing them all.
             lines.append([name, f"{rate:.1f}", told])
         head = ["decoding one token at a time", "tokens per second", "converted is times as fast"]
         page += f"""
-At {speed["share"]:.0%} of experts, all compiled, interleaved, medians with quartiles.{alone}
+At {speed["share"]:.0%} of experts, all compiled, interleaved, medians with quartiles. {alone}
 
 {table(head, lines)}"""
     return page

@@ -52,14 +52,13 @@ def relative_quantile(ratio: Tensor, share: float, sample: int = 256) -> Tensor:
         share: Of (row, expert) pairs that should run.
         sample: Rows to look at, evenly spaced.
     """
+    if share >= 1:
+        return ratio.new_zeros(())
     rows = ratio[:: max(1, len(ratio) // sample)]
     values = rows.flatten()[: 2**24].float()
-    tau = torch.quantile(values, 1 - share)
-    if share < 1:
-        # experts that never fire score 0, and a threshold of 0 would run them all
-        least = torch.where(values > 0, values, 1.0).amin()
-        tau = torch.maximum(tau, least)
-    return tau
+    # experts that never fire score 0, and a threshold of 0 would run them all
+    least = torch.where(values > 0, values, 1.0).amin()
+    return torch.maximum(torch.quantile(values, 1 - share), least)
 
 
 def options(gm: GraphModule, context: Context, rows: int = 1024) -> dict[str, Options]:

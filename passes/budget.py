@@ -104,9 +104,7 @@ def taus_at(
         with torch.no_grad():
             ratio = relative(block.router.score(inputs[name]))
         for taus, by_name in zip(result, wanted, strict=True):
-            share = by_name[name]
-            exact = relative_quantile(ratio, share, sample=4096)
-            taus[name] = 0.0 if share >= 1 else min(1.0, float(exact))
+            taus[name] = min(1.0, float(relative_quantile(ratio, by_name[name], sample=4096)))
     return result
 
 

@@ -5,7 +5,10 @@ file does. With --no-loadscope-reorder files are handed out in this order.
 """
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))  # for raylets.py
 # a cluster of Ray is to stay on loopback; it reads this as it is imported, here and in children
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 

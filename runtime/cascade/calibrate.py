@@ -12,7 +12,7 @@ with probability 1 - delta over calibrations, P(C > B) <= alpha holds for the po
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ir.errors import CalibrationError
+from ...passes.base import Each
 from .bounds import (
     conformal_rank,
     fixed_sequence,
@@ -36,8 +37,6 @@ SKIP = float("inf")
 """The threshold of a member that is not called at all."""
 
 Mode = Literal["paper", "strict"]
-Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-"""Does the same for every part of the policies, wherever it likes: see :mod:`...passes.base`."""
 
 
 @dataclass(frozen=True, slots=True)

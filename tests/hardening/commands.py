@@ -51,13 +51,17 @@ def calibrate(place, value):
     return [*words, "--budget", budget]
 
 
-def seen_policy(place):
-    from skimp.runtime.cascade.policy import load_policy, read_record
+def policy_in(name):
+    def seen(place):
+        from skimp.runtime.cascade.policy import load_policy, read_record
 
-    if not (place / "p.json").exists():
-        return None
-    load_policy(place / "p.json")
-    return read_record(place / "p.json")["sha256"]
+        path = place / name
+        if not path.exists():
+            return None
+        load_policy(path)
+        return read_record(path)["sha256"]
+
+    return seen
 
 
 def questions(place):
@@ -73,15 +77,6 @@ def train_router(place, value):
     words = ["router", "train", "--prompts", "q.jsonl", "--traces", "t.jsonl", "-o", "r.json"]
     words += ["--embed", "tfidf", "--members", "small:1,large:1"]
     return [*words, "--steps", 512, "--seed", ["old", "new"].index(value)]
-
-
-def seen_router(place):
-    from skimp.runtime.cascade.policy import load_policy, read_record
-
-    if not (place / "r.json").exists():
-        return None
-    load_policy(place / "r.json")
-    return read_record(place / "r.json")["sha256"]
 
 
 def configured(place):
@@ -416,10 +411,6 @@ def seen_distilled(place):
     return round(float(sum(p.detach().double().abs().sum() for p in model.parameters())), 6)
 
 
-def aot(place, value):
-    return ["aot", value, "--model", "dense", "--target", "sm_90", "-o", "k.kernels"]
-
-
 PAGE = ("matplotlib.figure", "matplotlib.backends.backend_svg")
 SERVING = ("skimp.runtime.cascade.build", "openai")
 MODELS = ("transformers.models.bert.modeling_bert", "torch._dynamo", "skimp.runtime.hub.quantizer")
@@ -430,12 +421,12 @@ ONNX = ("onnx", "onnxruntime", "onnxscript", "torch.onnx")
 COMMANDS = {
     c.name: c
     for c in (
-        Command("calibrate", traces, calibrate, seen_policy),
+        Command("calibrate", traces, calibrate, policy_in("p.json")),
         Command("frontier", points, frontier, lambda p: whole_page(p / "f.html"), imports=PAGE),
         Command("collect", configured, collect, seen_traces, grows=True, imports=SERVING),
         Command("judge", configured, judge, seen_judged, imports=SERVING),
         Command("sweep", Path.exists, sweep, seen_sweep, grows=True, imports=(*SERVING, *PAGE)),
-        Command("router", questions, train_router, seen_router, imports=("sb3_contrib",)),
+        Command("router", questions, train_router, policy_in("r.json"), imports=("sb3_contrib",)),
         Command("unconvert", hub, unconvert, seen_plain, gap=True, imports=MODELS),
         Command("safetensors", sparse, export("safetensors"), seen_folder, imports=MODELS),
         Command("onnx", sparse, export("onnx", "--native"), seen_onnx, imports=(*MODELS, *ONNX)),

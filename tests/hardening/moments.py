@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -163,6 +164,20 @@ def names(place):
     )
 
 
+def no_drafts(place):
+    drafts = [str(p) for p in place.rglob(f"{DRAFT}*")]
+    assert not drafts, f"left behind: {drafts}"
+
+
+def answers(script, *words, within=()):
+    """What a script of this folder printed, a line of JSON by name each."""
+    words = [*within, sys.executable, Path(__file__).with_name(script), *words]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    return {name: told for line in found for name, told in line.items()}
+
+
 def age(place):
     """Make what is there two days old, so that leftovers are what nobody works on."""
     then = time.time() - 2 * 24 * 3600
@@ -218,8 +233,7 @@ def attack(command, root, most=None):
                 succeed("new")
                 assert child(command.seen, place) == new
                 assert names(place) == files, f"{set(names(place)) ^ set(files)}"
-                drafts = [str(p) for p in place.rglob(f"{DRAFT}*")]
-                assert not drafts, f"left behind: {drafts}"
+                no_drafts(place)
             except AssertionError as error:
                 said = place.with_name("said.txt").read_text()[-3000:]
                 raise AssertionError(f"{where}: {error}\n{names(place)}\n{said}") from error

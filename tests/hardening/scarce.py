@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
 from commands import ready
-from moments import Watch, ask, begin, child, end, names, run
+from moments import Watch, ask, begin, child, end, names, no_drafts, run
 
 MIB = 1 << 20
 
@@ -42,19 +42,22 @@ def lacks(command, place, *needles):
     return told
 
 
+def results(place):
+    """Files but for stages of a conversion: finished ones may take the place of others."""
+    return [n for n in names(place) if "-stages/" not in n]
+
+
 def unharmed(command, place, old, files):
     assert child(command.seen, place) == old, "the old result is not what it was"
-    # finished stages of a conversion may have taken the place of others
-    assert [n for n in names(place) if "-stages/" not in n] == files
-    drafts = list(place.rglob(".skimp-draft-*"))
-    assert not drafts, drafts
+    assert results(place) == files
+    no_drafts(place)
 
 
 def space(command, root):
     """No room, and some: the old result stays; with room again, the new one is written."""
     place, old = made(command, root)
     told, ballast = [], root / "ballast"
-    files = [n for n in names(place) if "-stages/" not in n]
+    files = results(place)
     for left in (0, 4096, 16384, 65536):
         with ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(root).free - left)
@@ -80,7 +83,7 @@ def memory(command, root):
     """Ever more memory until it is enough: until then a message, and nothing half."""
     place, old = made(command, root)
     told = []
-    files = [n for n in names(place) if "-stages/" not in n]
+    files = results(place)
     for spare in (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048):
         code = child(limited, command, place, "new", spare * MIB)
         text = place.with_name("said.txt").read_text()

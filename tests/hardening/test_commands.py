@@ -1,15 +1,13 @@
 """Commands that are killed at every change of a file: what is left, and that they can go on."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE))
-from commands import COMMANDS  # noqa: E402
+sys.path.append(str(Path(__file__).parent))
+from commands import COMMANDS
+from moments import answers
 
 TRIED = {*COMMANDS} - {"prune-unet", "mlir", "onnx", "pt2"}
 
@@ -18,11 +16,7 @@ SLOW = {"pt2": 3, "mlir": 8, "onnx": 12, "train-drafter": 12}
 
 
 def attack(root, most, *names):
-    words = [sys.executable, HERE / "commands.py", "--most", str(most), root, *names]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    return {name: states for line in found for name, states in line.items()}
+    return answers("commands.py", "--most", str(most), root, *names)
 
 
 def test_killed_at_some_changes_of_a_file(tmp_path):

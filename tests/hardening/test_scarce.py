@@ -1,25 +1,21 @@
 """A disk that is really full, too little memory, two at once: a message, and nothing half."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+sys.path.append(str(Path(__file__).parent))
+from moments import answers
+
 ALONE = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o "size=$1" none "$2" && shift 2 && "$@"']
 """Runs a command where a folder is a file system in memory, which nobody else sees."""
 
 
 def scarce(what, root, *names, size=None):
-    words = [sys.executable, HERE / "scarce.py", what, root, *names]
-    if size is not None:
-        words = [*ALONE, "sh", size, root, *words]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    return {name: told for line in found for name, told in line.items()}
+    within = () if size is None else (*ALONE, "sh", size, root)
+    return answers("scarce.py", what, root, *names, within=within)
 
 
 def needs_a_disk(root):

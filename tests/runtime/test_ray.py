@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import skimp
 import torch
+from raylets import two_raylets
 from skimp.ir.errors import ClusterError
 from skimp.passes.budget import Budget
 from skimp.passes.recover import Recover
@@ -31,19 +32,8 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def address():
-    from ray.cluster_utils import Cluster
-
-    node = dict(num_cpus=1, object_store_memory=100 * 2**20)
-    head = node | {"include_dashboard": False}
-    try:
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-    except Exception:  # Ray gives its processes 30 seconds, which is little on a busy machine
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(**node)
+    with two_raylets(cpus=1) as cluster:
         yield cluster.address
-    finally:
-        cluster.shutdown()
 
 
 def convert(**more):

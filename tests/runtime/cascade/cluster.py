@@ -4,6 +4,7 @@ import contextlib
 import os
 from unittest import mock
 
+from raylets import two_raylets
 from skimp.runtime.cluster import connected
 
 KEYS = {"ALICE": "key-of-alice", "BOB": "key-of-bob", "UPSTREAM": "secret-upstream"}
@@ -13,14 +14,8 @@ KEYS = {"ALICE": "key-of-alice", "BOB": "key-of-bob", "UPSTREAM": "secret-upstre
 @contextlib.contextmanager
 def two_nodes():
     """The cluster runs, and this process is connected to it."""
-    from ray.cluster_utils import Cluster
-
-    node = dict(num_cpus=8, object_store_memory=100 * 2**20)
     with contextlib.ExitStack() as stack:
         with mock.patch.dict(os.environ, KEYS):
-            head = node | {"include_dashboard": False}
-            cluster = Cluster(initialize_head=True, head_node_args=head)
-            stack.callback(cluster.shutdown)
-            cluster.add_node(**node)
+            cluster = stack.enter_context(two_raylets(cpus=8))
         stack.enter_context(connected(cluster.address))
         yield
