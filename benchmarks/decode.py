@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from decode_report import summary, write_docs
 from decode_ways import BATCHED, REFERENCES, WAYS, Bench
+from safetensors import safe_open
 from skimp.ir.cost import write_atomically
 from skimp.ir.errors import VerificationError
 from skimp.ir.measure import machine
 from skimp.passes.data import data_file
 from skimp.runtime.models import DECODER, load_decoder
+from skimp.runtime.tree.head import FILE
 
 SUB = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 FAMILIES = ("chat", "translation", "summarization", "qa", "math_reasoning", "rag", "gsm8k")
@@ -88,6 +90,14 @@ def check(folder, way, name, texts, near_ties, references=REFERENCES):
     return ties
 
 
+def trained(head):
+    """What a head says of its training."""
+    if head is None:
+        return None
+    with safe_open(head / FILE, "pt") as file:
+        return json.loads(file.metadata()["skimp-head"])["note"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=10, help="of each family")
@@ -97,7 +107,7 @@ def main():
     parser.add_argument("--only", default="", help="names of ways; x* for all that begin so")
     parser.add_argument("--batches", type=int, default=2, help="of eight prompts")
     parser.add_argument("--sparse", type=Path, help="converted model, for the sparse self-drafter")
-    parser.add_argument("--head", type=Path, help="trained drafter head")
+    parser.add_argument("--head", type=Path, help="of benchmarks/decode_head.py")
     parser.add_argument("--quick", action="store_true", help="one prompt of each family, 32 tokens")
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--json", action="store_true")
@@ -132,7 +142,7 @@ def main():
     found = prompts(loaded.tokenizer, args.prompts)
     about = dict(
         machine=machine(), threads=args.threads, torch=torch.__version__, model=DECODER,
-        tokens=args.tokens, prompts=args.prompts, longest_prompt=LONGEST,
+        tokens=args.tokens, prompts=args.prompts, longest_prompt=LONGEST, head=trained(args.head),
     )  # fmt: skip
     write_atomically(args.folder / "about.json", json.dumps(about).encode())
     wanted = tuple(filter(None, args.only.split(",")))

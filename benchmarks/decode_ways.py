@@ -16,20 +16,20 @@ from skimp.runtime.tree.published import CastPolicy, FixedPolicy
 FIXED = ((3, 2), (5, 4), (9, 8), (17, 8))
 """Sizes and depths of fixed trees, of which the best is known in hindsight."""
 FIXED_WAYS = {f"fixed {n} by {d}": (n, d) for n, d in FIXED}
+HEADED = ("tree head", "EAGLE-2 head", *(f"{way} head" for way in FIXED_WAYS), "tree bfloat16 head")
+"""With a trained head beside the n-grams."""
 PEERS = ("llama.cpp F32", "llama.cpp BF16", "llama.cpp Q8_0")
 WAYS = (
     "HF generate", "HF prompt lookup", "torch.compile", "plain", "tree", "EAGLE-2", "CAST",
-    *FIXED_WAYS, "plain bfloat16", "tree bfloat16", *PEERS, "tree head", "EAGLE-2 head",
+    *FIXED_WAYS, "plain bfloat16", "tree bfloat16", *PEERS, *HEADED,
     "tree sparse", "tree n-gram+sparse",
 )  # fmt: skip
 BATCHED = ("HF generate", "plain", "tree", "EAGLE-2")
 REFERENCES = dict.fromkeys(
-    [w for w in WAYS if w not in ("HF generate", *PEERS, "plain bfloat16", "tree bfloat16")],
-    "HF generate",
-) | {"tree bfloat16": "plain bfloat16"}
+    [w for w in WAYS if w not in ("HF generate", *PEERS) and "bfloat16" not in w], "HF generate"
+) | dict.fromkeys(("tree bfloat16", "tree bfloat16 head"), "plain bfloat16")
 """Whose text each way must give; llama.cpp computes otherwise, and its text is its own."""
-DRAFTS = {"tree head": "head", "EAGLE-2 head": "head", "tree sparse": "sparse"}
-DRAFTS["tree n-gram+sparse"] = "ngram,sparse"
+DRAFTS = {"tree sparse": "sparse", "tree n-gram+sparse": "ngram,sparse"}
 CACHES = (512, 1280)
 """Positions of the static caches; one compilation each."""
 
@@ -122,19 +122,18 @@ class Bench:
             return self.engines[key]
         dtype = torch.bfloat16 if "bfloat16" in way else torch.float32
         target, model, costs = self._target(dtype, "sparse" in way)
-        draft = DRAFTS.get(way, "ngram")
-        if draft == "head":
-            draft = f"head:{self.head}"
+        rule = way.removesuffix(" head")
+        draft = DRAFTS.get(way, "ngram" if rule == way else f"ngram,head:{self.head}")
         if way.startswith("plain"):
             draft = ""
         drafters = Drafting.parse(draft).make(target, costs, model, self.tokenizer)
         policy = CostPolicy(drafters, None)
-        if way.startswith("EAGLE-2"):
+        if rule == "EAGLE-2":
             policy = FixedPolicy(drafters, None)
-        elif way == "CAST":
+        elif rule == "CAST":
             policy = CastPolicy(drafters, None)
-        elif way in FIXED_WAYS:
-            size, depth = FIXED_WAYS[way]
+        elif rule in FIXED_WAYS:
+            size, depth = FIXED_WAYS[rule]
             policy = FixedPolicy(drafters, None, size=size, depth=depth)
         engine = self.engines[key] = Engine(target, drafters, policy, costs)
         warm = self.tokenizer("Once upon a time there was a king. The king was")["input_ids"]

@@ -9,10 +9,11 @@ import itertools
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -127,19 +128,18 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         UnwritableError: It cannot be written; what was there is unharmed.
     """
-    name = ""
+    draft = path.with_name(f"{DRAFT}{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        handle, name = tempfile.mkstemp(prefix=f"{DRAFT}{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with draft.open("xb") as file:  # readable by whom the umask says, unlike tempfile's
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(draft, path)
     except BaseException as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise unwritable(path, error) from error
         raise

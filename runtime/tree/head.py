@@ -333,11 +333,10 @@ class HeadDrafter:
 
     def _likeliest(self, logits: Tensor) -> list[Children]:
         """Children of each row of logits over the words drafted."""
-        most = logits.topk(self.width, -1)
-        chances = (most.values - logits.logsumexp(-1, keepdim=True)).exp().tolist()
+        most = logits.softmax(-1).topk(self.width, -1)
         tokens = self.words[most.indices].tolist()
         found = []
-        for words, ps in zip(tokens, chances, strict=True):
+        for words, ps in zip(tokens, most.values.tolist(), strict=True):
             kept = [(w, p) for w, p in zip(words, ps, strict=True) if p > 1e-3]
             found.append(Children([w for w, _ in kept], [p for _, p in kept]))
         return found

@@ -192,11 +192,13 @@ class CostPolicy(Base):
             self.ranks = [[0.5, 0.1, 0.05] for _ in self.drafters]
             self.idle, self.patience = [0] * len(self.drafters), [8] * len(self.drafters)
         rate, used = self.price(len(roots)), set()
+        costs = [self.curve(n) for n in range(len(roots), len(roots) + MOST + 1)]
         fronts: list[Front] = [
             {(row, 0): 1.0 for row in range(len(roots)) if depth[row] > 0} for _ in self.drafters
         ]
         while True:
-            offers = [(self._offer(d, fronts[d], drafts, rate), d) for d in range(len(fronts))]
+            verify = rate * _slope(drafts, rate, costs)
+            offers = [(self._offer(d, fronts[d], verify, rate), d) for d in range(len(fronts))]
             (gain, count), d = max(offers, default=((0.0, 0), 0))
             if gain <= 0:
                 break
@@ -243,19 +245,19 @@ class CostPolicy(Base):
                     if known and (row, child) not in self.expanded[e]:
                         front[row, child] = v  # another drafter may have raised it
 
-    def _offer(
-        self,
-        d: int,
-        front: Front,
-        drafts: Sequence[Draft],
-        rate: float,
-    ) -> tuple[float, int]:
-        """The best number of nodes for a drafter to expand now, and what it is expected to gain."""
+    def _offer(self, d: int, front: Front, verify: float, rate: float) -> tuple[float, int]:
+        """The best number of nodes for a drafter to expand now, and what it is expected to gain.
+
+        Args:
+            d: Drafter.
+            front: What it may expand.
+            verify: Price of verifying one more node, tokens.
+            rate: Price of a second, tokens.
+        """
         if not front:
             return 0.0, 0
         drafter, mean = self.drafters[d], self.ranks[d]
         cost = rate * drafter.seconds(1)
-        verify = rate * self._slope(drafts, rate)
         best, count, gain = 0.0, 0, 0.0
         for n, v in enumerate(sorted(front.values(), reverse=True)[: self.width], 1):
             gain += _worth(v, mean, verify, cost)
@@ -264,23 +266,26 @@ class CostPolicy(Base):
                 best, count = net, n
         return best, count
 
-    def _slope(self, drafts: Sequence[Draft], rate: float) -> float:
-        """Seconds that one more node costs, on the cheapest way up from what is worth verifying."""
-        rows = len(drafts)
-        chances = [v for v, _, _ in pooled(drafts, MOST)]
-        at = rows + best_size(chances, rows, rate, self.curve)
-        here = self.curve(at)
-        return min(
-            ((self.curve(m) - here) / (m - at) for m in range(at + 1, rows + MOST + 1)),
-            default=here,
-        )
-
     def select(self, drafts: Sequence[Draft]) -> list[list[int]]:
         """Scan every number of the likeliest nodes."""
         rows = len(drafts)
         nodes = pooled(drafts, MOST, LEAST)
         size = best_size([v for v, _, _ in nodes], rows, self.price(rows), self.curve)
         return ordered(drafts, nodes[:size])
+
+
+def _slope(drafts: Sequence[Draft], rate: float, costs: Sequence[float]) -> float:
+    """Seconds that one more node costs, on the cheapest way up from what is worth verifying.
+
+    Args:
+        drafts: With the nodes there are.
+        rate: Price of a second, tokens.
+        costs: Seconds by nodes beyond the roots.
+    """
+    chances = [v for v, _, _ in pooled(drafts, MOST)]
+    at = best_size(chances, 0, rate, costs.__getitem__)
+    here = costs[at]
+    return min(((c - here) / n for n, c in enumerate(costs[at + 1 :], 1)), default=here)
 
 
 def _worth(v: float, mean: Sequence[float], verify: float, draft: float) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -88,13 +89,23 @@ class Sequences:
         if end > self.decoder.positions:
             self.decoder.rotate_by(*self._tables(max(_TABLE, min(2 * end, self.limit))))
         flat = torch.cat(list(tokens)).to(torch.int64)
+        count = len(self._rows)
+        # one tensor, as making each takes longer than it should when a step has emptied the caches
+        bounds, nodes, slots, committed = torch.tensor(
+            [
+                *accumulate(map(len, tokens), initial=0),
+                *accumulate((len(r.parents) for r in self._rows), initial=0),
+                *(r.slot for r in self._rows),
+                *(r.length for r in self._rows),
+            ]
+        ).split([count + 1, count + 1, count, count])
         rows = Rows(
             tokens=flat,
-            bounds=torch.tensor([0, *map(len, tokens)]).cumsum(0),
+            bounds=bounds,
             parents=torch.tensor([p for r in self._rows for p in r.parents], dtype=torch.int32),
-            nodes=torch.tensor([0, *(len(r.parents) for r in self._rows)]).cumsum(0),
-            slots=torch.tensor([r.slot for r in self._rows]),
-            committed=torch.tensor([r.length for r in self._rows]),
+            nodes=nodes,
+            slots=slots,
+            committed=committed,
             wanted=torch.arange(len(flat)) if wanted is None else wanted,
             features=features,
         )

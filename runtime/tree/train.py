@@ -42,7 +42,7 @@ class Recipe:
         words: Tokens that the head may draft: those that the model uses most.
         d_ff: Neurons; 0 for as many as the model's networks have.
         rows: Texts written at a time.
-        longest: Tokens of a prompt that are used.
+        longest: Tokens of a prompt that are used: of a longer one, the middle is left out.
         new: Most tokens written after one.
         temperature: Of writing.
         window: Tokens of a training example.
@@ -58,7 +58,7 @@ class Recipe:
     words: int = 8192
     d_ff: int = 0
     rows: int = 24
-    longest: int = 192
+    longest: int = 256
     new: int = 256
     temperature: float = 0.6
     window: int = 256
@@ -173,7 +173,7 @@ def write(
     while len(files) < batches and (not files or log["writing"] < budget):
         start, index = time.monotonic(), len(files)
         chosen = order[index * recipe.rows :][: recipe.rows].tolist()
-        texts = [list(prompts[i])[: recipe.longest] for i in chosen]
+        texts = [_shortened(prompts[i], recipe.longest) for i in chosen]
         name = folder / f"text-{index:05}.safetensors"
         write_atomically(name, save(_continue(target, texts, recipe, index, stop)))
         files.append(name)
@@ -181,6 +181,13 @@ def write(
         _write_log(folder, log)
         progress("writing", min(log["writing"], budget), budget, f"{len(files)} batches")
     return files
+
+
+def _shortened(prompt: Sequence[int], longest: int) -> list[int]:
+    """Its begin, which says what is wanted, and its end, after which the answer starts."""
+    over = max(0, len(prompt) - longest)
+    half = (len(prompt) - over) // 2
+    return [*prompt[:half], *prompt[half + over :]]
 
 
 @torch.no_grad()
