@@ -263,6 +263,7 @@ a thousandth apart; any other difference stops the benchmark. llama.cpp's text i
         slower += [
             f"`tree` against {n} on {f}: {ways['tree']['families'][f] / v:.2f}"
             for n, w in ways.items()
+            if "bfloat16" not in n and " head" not in n
             for f, v in w["families"].items()
             if f in ways["tree"]["families"] and ways["tree"]["families"][f] < v
         ]
@@ -278,12 +279,13 @@ def _head(note):
         return ""
     recipe, found = note["recipe"], note["measured"]
     minutes = sum(found["seconds"].values()) / 60
-    return f""" Ways with a *head* use n-grams and
-a layer that `benchmarks/decode_head.py` trained for {minutes:.0f} minutes on {found["tokens"]:,}
-tokens that the model wrote for other prompts, mostly of the same families. On such text its
-likeliest token is the model's {found["first"]:.0%} of the time, and {found["later"]:.0%} where it
-reads its own guesses; it drafts {recipe["words"]:,} tokens, {found["covered"]:.0%} of what
-the model writes."""
+    return f"""
+
+Ways with a *head* use n-grams and a layer that `benchmarks/decode_head.py` trained for
+{minutes:.0f} minutes on {found["tokens"]:,} tokens that the model wrote for other prompts, mostly
+of the same families. On such text its likeliest token is the model's {found["first"]:.0%} of the
+time, and {found["later"]:.0%} where it reads its own guesses; it drafts {recipe["words"]:,} tokens,
+{found["covered"]:.0%} of what the model writes."""
 
 
 def _sizes(sizes):

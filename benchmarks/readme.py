@@ -118,14 +118,33 @@ def decoder():
     texts = timed[0]["texts"]
     text = f"Greedy text of SmolLM2-135M, {texts} prompts, {result['machine']}; the last column is "
     text += "how many times as fast `skimp.generate` is, by prompt with quartiles. More, and "
-    text += "encoders, in [docs/peers.md](docs/peers.md), by family of prompts and tree in "
-    text += "[docs/decode.md](docs/decode.md) (`peers.json`, `decode.json`):\n\n"
+    text += "encoders, in [docs/peers.md](docs/peers.md) (`peers.json`):\n\n"
     return text + table(["", "tokens/s", f"{best} / it"], rows)
+
+
+def trees():
+    """What trees gain, over all prompts of benchmarks/decode.py."""
+    result = read("decode")
+    goals = [g for g in result["goals"] if g["way"].startswith("tree")]
+    found = {}
+    for g in goals:
+        against = g["against"].replace(" head", "").partition(" (")[0]
+        against = against.replace("EAGLE-2", "EAGLE-2's tree of the same drafts")
+        against = against.replace("plain,", "the same kernels one by one,")
+        told = f"{g['ratio']:.2f} ({g['low']:.2f}-{g['high']:.2f})"
+        found.setdefault(against, {})[g["way"].endswith(" head")] = told
+    rows = [[name, by.get(False, ""), by.get(True, "")] for name, by in found.items()]
+    minutes = sum(result["head"]["measured"]["seconds"].values()) / 60
+    text = f"How many times as fast trees are over {goals[0]['prompts']} prompts of Spec-Bench and "
+    text += f"GSM8K, {result['machine']}, and by prompt in quartiles; the head learnt for "
+    text += f"{minutes:.0f} minutes from what the model itself wrote (`decode.json`, by family in "
+    text += "[docs/decode.md](docs/decode.md)):\n\n"
+    return text + table(["against", "n-grams alone", "with a trained head"], rows)
 
 
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    parts = "\n".join([quality(), encoder(), decoder(), blocks(), gpu(), gateway()])
+    parts = "\n".join([quality(), encoder(), trees(), decoder(), blocks(), gpu(), gateway()])
     page = ROOT / "README.md"
     page.write_text(BLOCK.sub(lambda m: m[1] + parts + m[2], page.read_text()))
 

@@ -30,6 +30,12 @@ def test_killed_at_every_change_of_a_file(tmp_path):
     assert set(found["file"]) == set(found["blocks"]) == {"old", "new"}
 
 
+def test_who_may_read_a_file_is_for_the_umask_to_say(tmp_path):
+    (tmp_path / "other").touch()
+    write_atomically(tmp_path / "file", b"x")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_second_conversion_into_one_folder_is_refused(tmp_path):
     with alone(tmp_path / "stages", "converting into"):
         with (

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ pytest.importorskip("transformers")
 
 from skimp.cli import app
 from skimp.ir.errors import ArtefactError, CalibrationError, TargetError
+from skimp.passes.base import silent
 from skimp.runtime.tree.fused import FusedTarget
 from skimp.runtime.tree.generate import TreeDecoder
 from skimp.runtime.tree.head import Head, HeadDrafter, HeadSizes
 from skimp.runtime.tree.hf import HFTarget
 from skimp.runtime.tree.node import Tree
-from skimp.runtime.tree.train import Recipe, train
+from skimp.runtime.tree.train import Recipe, Written, train, write
 from transformers import PreTrainedTokenizerFast
 
 from .models import llama
@@ -193,3 +195,13 @@ def test_a_vocabulary_of_what_the_model_uses(target, tmp_path):
     assert len(head.words.unique()) == 20
     assert found["covered"] > 20 / 61
     assert found["bytes"] == (tmp_path / "head.safetensors").stat().st_size
+
+
+def test_of_a_long_prompt_the_middle_is_left_out(target, tmp_path):
+    prompts = [list(range(40)), [7, 8]]
+    recipe = replace(QUICK, longest=7, new=3)
+    files = write(target, prompts, tmp_path, recipe, {"writing": 0.0}, frozenset(), silent)
+    written = Written.read(files)
+    ends = [0, *(written.first.nonzero().flatten().tolist()[1:]), len(written.tokens)]
+    given = [written.tokens[a:b][~written.own[a:b]].tolist() for a, b in pairwise(ends)]
+    assert sorted(given) == [[0, 1, 2, 36, 37, 38, 39], [7, 8]]
