@@ -30,6 +30,12 @@ LONGEST = 1024
 """Prompts of more tokens are left out: on a CPU they measure the prompt's pass."""
 
 
+def encoded(tokenizer, text):
+    """Tokens of a chat whose first turn is the text."""
+    turns = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+
 def prompts(tokenizer, count):
     """Tokens by name, family by family in turn: ``family-0`` of each, then ``family-1``, .."""
     found = {family: [] for family in FAMILIES}
@@ -44,12 +50,9 @@ def prompts(tokenizer, count):
         step = max(1, len(texts) // (2 * count))  # spread over the family, with some to spare
         kept = 0
         for text in texts[::step]:
-            turns = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_dict=False
-            )
+            ids = encoded(tokenizer, text)
             if len(ids) <= LONGEST and kept < count:
-                chosen[f"{family}-{kept}"] = list(ids)
+                chosen[f"{family}-{kept}"] = ids
                 kept += 1
     return {f"{f}-{i}": chosen[f"{f}-{i}"] for i in range(count) for f in FAMILIES}
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from decode import prompts
+from decode import encoded, prompts
 from skimp.cli_console import progress
 from skimp.passes.data import data_file
 from skimp.runtime.models import DECODER, load_decoder
@@ -35,13 +35,8 @@ def others(tokenizer):
     ):
         texts += [pair["input"] for pair in json.loads(path.read_text())]
     timed = {tuple(ids) for ids in prompts(tokenizer, TIMED).values()}
-    found = {}
-    for text in texts:
-        turns = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        if tuple(ids) not in timed:
-            found[tuple(ids)] = list(ids)
-    return list(found.values())
+    found = dict.fromkeys(tuple(encoded(tokenizer, text)) for text in texts)
+    return [ids for ids in found if ids not in timed]
 
 
 def main():
