@@ -292,7 +292,7 @@ def aot(
     from .runtime.store import load
 
     gm = load(folder, load_pretrained(model).model)
-    found = {(ahead.spec_of(b, dtype), b.router.down.out_features) for b in blocks(gm).values()}
+    found = {(ahead.spec_of(b, dtype), b.router.width) for b in blocks(gm).values()}
     path = out or folder / f"{target}.kernels"
     made = write(path, sorted(found, key=lambda f: (f[0].name, f[1])), target)
     lines = [report.line(c) for c in made]

@@ -33,7 +33,6 @@ from ablation_report import write_page
 from ablation_tasks import TASKS, Task, accuracy, fit, loss
 from skimp.codegen.cpp import kernels
 from skimp.ir.cost import write_atomically
-from skimp.ir.op import select
 from skimp.passes.base import Context, kl_divergence, pooled, watch
 from skimp.passes.budget import set_tau, set_top, taus_at
 from skimp.passes.convert import fingerprint, prepare
@@ -118,7 +117,7 @@ def measure(gm, data):
 
     def look(name, block, x):
         nonlocal zeros, count
-        k = select(block.router(x), block.tau).sum(-1).double()
+        k = block.selected(x).sum(-1).double()
         sums = total[name]
         sums[0], sums[1], sums[2] = sums[0] + len(k), sums[1] + k.sum(), sums[2] + (k * k).sum()
         if not block.linear:

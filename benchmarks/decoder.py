@@ -1,5 +1,8 @@
 """SmolLM2-135M made sparse within a time budget: perplexity against FLOPs, and decode speed.
 
+By default the gate of each network is its router, which needs no training and then gets as much as
+--minutes says; with --router learned, neurons are grouped into experts and routers trained.
+
 Label-free: the loss is the divergence from the dense model's next tokens, on text that Python
 carries, or, with --sampled, that the model writes itself first. Start it again with the same
 arguments and it goes on after the last finished pass. Perplexity is of WikiText-2 (validation), in
@@ -24,6 +27,7 @@ from skimp.passes.base import Context, kl_divergence, next_tokens
 from skimp.passes.budget import Budget, set_tau, taus_at
 from skimp.passes.convert import convert
 from skimp.passes.data import embedded_text, on_device
+from skimp.passes.gate_route import GateRoute
 from skimp.passes.lift import blocks
 from skimp.passes.project import Project
 from skimp.passes.quality import evaluate, whole_model_flops
@@ -33,12 +37,19 @@ from skimp.passes.sparsify import Relufy, Sparsify
 from skimp.runtime.language import best_neurons, perplexity, sampled, wikitext2, windows
 from skimp.runtime.models import DECODER, load_pretrained
 
-SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
+ROOT = Path(__file__).parents[1]
+SHARES = {
+    "gate": (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 1.0),
+    "learned": (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
+}
+FEW = {"gate": (0.5, 0.6, 0.65, 0.7, 0.8), "learned": (0.7, 0.8, 0.85, 0.9, 0.95, 1.0)}
 
 
 def passes(args):
     """The recipe, its training bounded by the budget of time."""
     seconds = 60 * args.minutes
+    if args.router == "gate":
+        return [GateRoute(), *([recovery(args, 0.95 * seconds)] if seconds else [])]
     project = 0.15 if args.projections else 0.0
     sparsify = 0.3 if args.alpha else 0.0
     recover = 0.8 - project - sparsify
@@ -56,24 +67,34 @@ def passes(args):
         *([sparsified] if args.alpha else []),
         Split(rows=min(args.chunk, 8192)),
         Route(tokens=args.chunk, steps=args.route, relative=True),
-        Recover(
-            share=args.share,
-            steps=10**6,
-            seconds=recover * seconds,
-            segments=args.segments,
-            jitter=args.jitter,
-            lr=args.lr,
-            relative=True,
-        ),
+        recovery(args, recover * seconds),
         Budget(f"flops <= {args.share + 0.1:.2f}"),
     ]
 
 
-def frontier(done, context, text, shares, log):
-    """Perplexity of the dense model, of perfect neuron selection, and of the converted one.
+def recovery(args, seconds):
+    """Training while only some of the experts run."""
+    return Recover(
+        share=args.share,
+        steps=10**6,
+        seconds=seconds,
+        segments=args.segments,
+        jitter=args.jitter,
+        lr=args.lr,
+        relative=True,
+    )
 
-    The same share of experts runs in every block; to compare, they are also allotted to blocks by
-    what each loses.
+
+def frontier(done, context, text, kinds, log):
+    """Perplexity of the dense model, of perfect neuron selection, and of converted ones.
+
+    Args:
+        done: A conversion, for its teacher.
+        context: Of held-out data.
+        text: What perplexity is of.
+        kinds: By name a model, shares of its experts, and whether the same share runs in every
+            block; else they are allotted to blocks by what each loses.
+        log: Told of each row.
     """
     rows = []
 
@@ -88,14 +109,12 @@ def frontier(done, context, text, shares, log):
                 # a bound: choosing is not counted, and there is no cheap way to choose so
                 add("best neurons", share, share, float("nan"), perplexity(done.teacher, text))
         batch = context.held_out[0]
-        for kind, even, chosen in (("converted", True, shares), ("allotted", False, (0.9,))):
-            for share, taus in zip(
-                chosen, taus_at(done.model, context, chosen, even=even), strict=True
-            ):
-                set_tau(done.model, taus)
-                quality = evaluate(done.model, context, context.held_out)
-                whole = whole_model_flops(done.teacher, done.model, batch, quality.experts)
-                ppl = perplexity(done.model, text)
+        for kind, (model, chosen, even) in kinds.items():
+            for share, taus in zip(chosen, taus_at(model, context, chosen, even=even), strict=True):
+                set_tau(model, taus)
+                quality = evaluate(model, context, context.held_out)
+                whole = whole_model_flops(done.teacher, model, batch, quality.experts)
+                ppl = perplexity(model, text)
                 add(kind, share, quality.flops, whole["whole_share"], ppl, quality.distance)
     return rows
 
@@ -148,6 +167,7 @@ def decode_speed(model, done, prompt, share, context, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--router", choices=("gate", "learned"), default="gate")
     parser.add_argument("--minutes", type=float, default=60, help="of training, in all")
     parser.add_argument("--folder", type=Path, default=Path("out/decoder"))
     parser.add_argument("--projections", action="store_true")
@@ -167,9 +187,15 @@ def main():
     parser.add_argument("--eval-tokens", type=int, default=32_768)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="fewer shares and repeats")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decoder.json"))
-    parser.add_argument("--docs", type=Path, help="page to write, docs/decoder.md")
+    parser.add_argument("--out", type=Path, help="by default in benchmarks/results")
+    parser.add_argument("--page", action="store_true", help="only write docs/decoder.md again")
     args = parser.parse_args()
+    results = {
+        "gate": ROOT / "benchmarks/results/decoder.json",
+        "learned": ROOT / "benchmarks/results/decoder-learned.json",
+    }
+    if args.page:
+        return write_page(results)
 
     def log(text):
         if not args.json:
@@ -198,21 +224,24 @@ def main():
     text = windows(loaded.tokenizer, [wikitext2(8 * args.eval_tokens)], length=length, batch=2)
     text = on_device(text[: max(1, args.eval_tokens // (2 * length))], device)
     start = time.monotonic()
-    done = convert(
-        model,
-        train,
-        held_out=held,
-        passes=passes(args),
-        expert_size=args.expert_size,
-        projections=args.projections,
-        folder=args.folder,
-        progress=progress,
-    )
+
+    def made(steps, folder):
+        return convert(
+            model, train, held_out=held, passes=steps, expert_size=args.expert_size,
+            projections=args.projections, folder=folder, progress=progress,
+        )  # fmt: skip
+
+    done = made(passes(args), args.folder / args.router)
     trained = time.monotonic() - start
+    shares = (FEW if args.quick else SHARES)[args.router]
+    kinds = {"converted": (done.model, shares, True)}
+    if args.router == "gate" and args.minutes:
+        untrained = made([GateRoute()], args.folder / "untrained").model
+        kinds = {"untrained": (untrained, FEW["gate"], True), **kinds}
+    kinds["allotted"] = (done.model, (0.6 if args.router == "gate" else 0.9,), False)
     held = on_device(held, device)
     context = Context(done.teacher, held, held, next_tokens, distance=kl_divergence)
-    shares = (0.7, 0.8, 0.85, 0.9, 0.95, 1.0) if args.quick else SHARES
-    rows = frontier(done, context, text, shares, log)
+    rows = frontier(done, context, text, kinds, log)
     dense = rows[0]["perplexity"]
     good = [r for r in rows if r["kind"] == "converted" and r["perplexity"] <= 1.05 * dense]
     best = min(good, key=lambda r: r["ffn"], default=None)
@@ -224,6 +253,7 @@ def main():
             log(f"{name:18} {rate:6.1f} tokens/s")
     result = {
         "model": DECODER,
+        "router": args.router,
         "minutes": args.minutes,
         "options": {k: str(v) for k, v in vars(args).items()},
         "seconds_of_this_run": round(trained, 1),
@@ -237,9 +267,9 @@ def main():
         "load": os.getloadavg()[0],
         "history": done.history,
     }
-    write_atomically(args.out, json.dumps(result, indent=1).encode())
-    if args.docs:
-        write_atomically(args.docs, write_page(result).encode())
+    write_atomically(args.out or results[args.router], json.dumps(result, indent=1).encode())
+    if args.out is None:
+        write_page(results)
     if args.json:
         print(json.dumps(result))
 

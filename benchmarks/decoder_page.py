@@ -4,73 +4,126 @@ import json
 from pathlib import Path
 
 from page import table
+from skimp.ir.cost import write_atomically
 
 ROOT = Path(__file__).parents[1]
 KINDS = {
     "dense": "dense",
     "best neurons": "best neurons, chosen in hindsight",
-    "converted": "converted",
-    "allotted": "converted, experts allotted to blocks by what each loses",
+    "untrained": "gates, nothing trained",
+    "converted": "gates, trained",
+    "allotted": "gates, trained; neurons allotted to blocks by what each loses",
+}
+LEARNED = KINDS | {
+    "converted": "learned routers",
+    "allotted": "learned routers; experts allotted to blocks by what each loses",
 }
 
 
-def write_page(result):
-    """The page, in Markdown."""
-    options, text = result["options"], result["text"]
-    minutes, size = result["minutes"], options["expert_size"]
-    best, speed = result["within_5_percent"], result["decode"]
+def write_page(results):
+    """Write docs/decoder.md from the files of both kinds of routers."""
+    found = {name: json.loads(path.read_text()) for name, path in results.items() if path.exists()}
+    write_atomically(ROOT / "docs/decoder.md", page_of(found).encode())
+
+
+def frontier(result, kinds):
+    """The table of one run."""
+    head = ["model", "neurons that run", "network FLOPs", "all FLOPs", "perplexity", "KL, held out"]
     rows = [
         [
-            KINDS[r["kind"]], f"{r['share']:.0%}", f"{r['ffn']:.1%}",
+            kinds[r["kind"]], f"{r['share']:.0%}", f"{r['ffn']:.1%}",
             "" if r["whole"] != r["whole"] else f"{r['whole']:.1%}", f"{r['perplexity']:.2f}",
             "" if r["kl"] is None else f"{r['kl']:.3f}",
         ]
         for r in result["frontier"]
     ]  # fmt: skip
-    head = ["model", "experts that run", "network FLOPs", "all FLOPs", "perplexity", "KL, held out"]
+    return table(head, rows)
+
+
+def within(result):
+    """What is left of FLOPs where perplexity is nearly the dense model's."""
+    best = result["within_5_percent"]
     if best is None:
-        found = "No threshold that was tried keeps perplexity within 5 % of the dense model's."
-    else:
-        found = (
-            f"Within 5 % of the dense model's perplexity **{best['ffn']:.1%}** of the FLOPs of\n"
-            f"its networks are left, routers included ({best['whole']:.1%} of all), at a\n"
-            f"perplexity of {best['perplexity']:.2f}."
-        )
-    device = result["device"]
-    page = f"""# A decoder made sparse
+        return "No threshold that was tried keeps perplexity within 5 % of the dense model's."
+    return (
+        f"Within 5 % of the dense model's perplexity **{best['ffn']:.1%}** of the FLOPs of\n"
+        f"its networks are left, routers included ({best['whole']:.1%} of all), at a\n"
+        f"perplexity of {best['perplexity']:.2f}."
+    )
 
-Written by `python benchmarks/decoder.py` from `benchmarks/results/decoder.json`.
-{result["model"]}, float32, {device}, torch {result["torch"]}.
-Its gated networks keep SiLU and are cut into experts of {size} neurons. Routers are trained, and
-for {minutes:.0f} minutes in all everything is, while {float(options["share"]):.0%} of the experts
-run. No labels: the loss is the divergence from the dense model's next tokens, on text that Python
-carries. Perplexity is of WikiText-2 (validation), {text["tokens"]:,} tokens in windows of
-{text["window"]} without overlap. *Best neurons* is a bound: the neurons of the largest outputs,
-found by computing them all.
 
-{found}
+def setting(result):
+    """Where it was measured, and on what."""
+    text = result["text"]
+    return (
+        f"{result['model']}, float32, {result['threads']} threads of {result['device']}, torch\n"
+        f"{result['torch']}; perplexity is of WikiText-2 (validation), {text['tokens']:,} tokens "
+        f"in windows of\n{text['window']} without overlap."
+    )
 
-{table(head, rows)}"""
-    if speed is not None:
-        load = result.get("load")
-        alone = "Whether others used the machine was not recorded."
-        if load is not None:
-            alone = f"The load average was {load:.1f}."
-        rates = speed["tokens_per_second"]
-        lines = []
-        for name, rate in rates.items():
-            told = ""
-            if ratio := speed["speedup"].get(name):
-                told = f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
-            lines.append([name, f"{rate:.1f}", told])
-        head = ["decoding one token at a time", "tokens per second", "converted is times as fast"]
-        page += f"""
-At {speed["share"]:.0%} of experts, all compiled, interleaved, medians with quartiles. {alone}
+
+def trained(result):
+    """How a model learnt."""
+    last = next((r["stats"] for r in result["history"] if r["pass"].startswith("recover")), None)
+    if last is None:
+        return "Nothing was trained."
+    return (
+        f"Trained for {result['minutes']:.0f} minutes ({last['steps']} steps of 1,024 tokens) "
+        f"while about\n{float(result['options']['share']):.0%} of the neurons run. No labels: the "
+        "loss is the divergence from the dense model's next\ntokens, on text that Python carries."
+    )
+
+
+def speed(result):
+    """The table of decode speed, if it was measured."""
+    measured, load = result["decode"], result.get("load")
+    if measured is None:
+        return ""
+    alone = "Whether others used the machine was not recorded."
+    if load is not None:
+        alone = f"The load average was {load:.1f}."
+    lines = []
+    for name, rate in measured["tokens_per_second"].items():
+        told = ""
+        if ratio := measured["speedup"].get(name):
+            told = f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+        lines.append([name, f"{rate:.1f}", told])
+    head = ["decoding one token at a time", "tokens per second", "converted is times as fast"]
+    return f"""
+At {measured["share"]:.0%}, all compiled, interleaved, medians with quartiles. {alone}
 
 {table(head, lines)}"""
-    return page
 
 
-if __name__ == "__main__":
-    found = json.loads((ROOT / "benchmarks/results/decoder.json").read_text())
-    (ROOT / "docs/decoder.md").write_text(write_page(found))
+def page_of(found):
+    """The page, in Markdown."""
+    gate, learned = found["gate"], found["learned"]
+    return f"""# A decoder made sparse
+
+Written by `python benchmarks/decoder.py` from `benchmarks/results/decoder.json` and
+`decoder-learned.json`. *Best neurons* is a bound in both: those of the largest outputs, found by
+computing them all.
+
+## The gate as the router
+
+A gated network computes, for every neuron, how far it opens before anything else of the neuron is
+needed. The pass `gate-route` makes that the score: a neuron whose gate is smaller than tau is left
+out, so that two thirds of its weights are not read ([CATS](https://arxiv.org/abs/2404.08763)). A
+third of the network is always computed, and nothing is predicted.
+{setting(gate)}
+{trained(gate)}
+
+{within(gate)}
+
+{frontier(gate, KINDS)}{speed(gate)}
+
+## Learned routers
+
+Experts of {learned["options"]["expert_size"]} neurons, chosen by routers that predict the norm of
+what each adds; the networks keep SiLU.
+{setting(learned)}
+{trained(learned)}
+
+{within(learned)}
+
+{frontier(learned, LEARNED)}{speed(learned)}"""

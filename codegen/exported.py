@@ -15,7 +15,6 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from ..ir.block import DynkFFN
 from ..ir.cost import dense_flops
 from ..ir.errors import ExportError, first_line
-from ..ir.op import ties
 from ..passes.base import looking
 from ..passes.lift import blocks, lifted_layers
 from ..passes.trace import free_dimensions
@@ -279,7 +278,7 @@ def watch_ties(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     found: list[tuple[str, Tensor]] = []
 
     def note(name: str, block: DynkFFN, x: Tensor) -> None:
-        found.append((name, ties(block.router(x), block.tau)))
+        found.append((name, block.tied(x)))
 
     with looking(model, note):
         yield found

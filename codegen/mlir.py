@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.artefact import drafts
 from ..ir.errors import ExportError
-from ..ir.op import hidden, select
+from ..ir.op import SCORED, hidden, select
 from .exported import Program, Report
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -36,7 +36,9 @@ def masked(
 ) -> Tensor:  # fmt: skip
     """The op, as :func:`skimp.ir.reference`, with experts as a dimension."""
     h = hidden(x, w_in, b_in, w_gate, b_gate, act).unflatten(-1, (-1, expert_size))
-    kept = torch.where(select(scores, tau).unsqueeze(-1), h, h.new_zeros(()))
+    if act == SCORED:
+        h = h * scores.unsqueeze(-1)
+    kept = torch.where(select(scores, tau, act).unsqueeze(-1), h, h.new_zeros(()))
     y = kept.flatten(-2) @ w_out
     return y if b_out is None else y + b_out
 

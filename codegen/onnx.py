@@ -20,6 +20,7 @@ import torch
 from ..ir.artefact import drafts
 from ..ir.cost import write_atomically
 from ..ir.errors import ExportError, first_line
+from ..ir.op import SCORED
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import detect_isa
 from .exported import Program, Report
@@ -75,12 +76,20 @@ def function(act: str, gated: bool) -> Any:
             last = call(op, *named)
         return last
 
+    scored = act == SCORED
     up = linear("w_in", "b_in")
-    hidden = call("Mul", activated(linear("w_gate", "b_gate")), up) if gated else activated(up)
+    if gated:
+        hidden = call("Mul", activated(linear("w_gate", "b_gate")), up)
+    else:
+        hidden = up if scored else activated(up)
     axis = call("Constant", value_ints=[-1])
-    limit = call("Mul", "tau", call("ReduceMax", "scores", axis, keepdims=1))
+    if scored:
+        below = call("Less", call("Abs", "scores"), "tau")
+    else:
+        limit = call("Mul", "tau", call("ReduceMax", "scores", axis, keepdims=1))
+        below = call("Less", "scores", limit)
     # not below, rather than above: a NaN score runs every expert
-    runs = call("Unsqueeze", call("Not", call("Less", "scores", limit)), axis)
+    runs = call("Unsqueeze", call("Not", below), axis)
     size = helper.make_node("Constant", [], [f"v{len(nodes)}"])
     reference = size.attribute.add()
     reference.name, reference.ref_attr_name = "value_int", "expert_size"
@@ -88,6 +97,8 @@ def function(act: str, gated: bool) -> Any:
     nodes.append(size)
     one = call("Reshape", size.output[0], call("Constant", value_ints=[1]))
     by_expert = call("Reshape", hidden, call("Concat", call("Shape", "scores"), one, axis=0))
+    if scored:
+        by_expert = call("Mul", by_expert, call("Unsqueeze", "scores", axis))
     kept = call("Where", runs, by_expert, number(0.0, "x"))
     product = call("MatMul", call("Reshape", kept, call("Shape", hidden)), "w_out")
     nodes.append(helper.make_node("Add", [product, "b_out"], ["y"]))

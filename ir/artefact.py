@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import DynkFFN, Projection
+from .block import DynkFFN, Projection, Router, make_router
 from .cost import DRAFT, sweep, write_atomically
 from .errors import MALFORMED, ArtefactError, unwritable
 
@@ -60,7 +60,7 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
             name: dict(
                 act=b.act,
                 expert_size=b.expert_size,
-                router_width=b.router.down.out_features,
+                router_width=b.router.width,
                 dense=b.dense,
                 linear=b.linear,
                 predicts=b.router.predicts,
@@ -228,10 +228,12 @@ def _fill(folder: Path, index: dict[str, Any], model: nn.Module) -> dict[str, An
         block.act, block.dense = str(settings["act"]), bool(settings["dense"])
         block.expert_size = int(settings["expert_size"])
         width, experts = int(settings["router_width"]), block.experts
-        if block.router.up.weight.shape != (experts, width):
-            block.router = type(block.router)(block.d, width, experts).to(block.w_in.dtype)
-        block.router.predicts = str(settings.get("predicts", "norms"))
-        block.router.top = int(settings.get("top", 0))
+        same = isinstance(block.router, Router) and block.router.up.weight.shape == (experts, width)
+        if not same:
+            block.router = make_router(block.d, width, experts).to(block.w_in.dtype)
+        if width:
+            block.router.predicts = str(settings.get("predicts", "norms"))
+            block.router.top = int(settings.get("top", 0))
     try:
         with torch.no_grad():
             model.load_state_dict(state)

@@ -38,6 +38,7 @@ class Router(nn.Module):
 
     def __init__(self, d: int, width: int, experts: int) -> None:
         super().__init__()
+        self.width = width
         self.down = nn.Linear(d, width, bias=False)
         self.up = nn.Linear(width, experts, bias=False)
         self.predicts = "norms"
@@ -58,6 +59,24 @@ class Router(nn.Module):
             return scores
         best = scores.topk(self.top, -1).indices
         return torch.zeros_like(scores).scatter(-1, best, 1.0)
+
+
+class GateRouter(nn.Module):
+    """The gate of a network as the router of its neurons: its weights are the block's own.
+
+    How far a gate opens bounds what its neuron can add, and it is known exactly before anything
+    else of the neuron is computed (CATS, arXiv 2404.08763, section 3). That costs a third of a
+    gated network, where a learned router costs a few hundredths and errs.
+    """
+
+    width = 0
+    predicts = "gate"
+    top = 0
+
+
+def make_router(d: int, width: int, experts: int) -> Router | GateRouter:
+    """The router of a hidden width; of none, the gate."""
+    return Router(d, width, experts) if width else GateRouter()
 
 
 class Projection(nn.Module):
@@ -109,7 +128,8 @@ class DynkFFN(nn.Module):
         b_out: ``[d_out]`` or ``None``.
         expert_size: Neurons per expert; divides ``d_ff``.
         act: A key of :data:`skimp.ir.ACTIVATIONS`.
-        router_width: Hidden width of the router.
+        router_width: Hidden width of the router; 0: the gate is the router, of experts of one
+            neuron.
         tau: Initial threshold; 0 runs every expert.
         linear: The block stands for one linear layer ``[d_out, d]``, not for a network like itself;
             its FLOPs are compared with those.
@@ -146,6 +166,11 @@ class DynkFFN(nn.Module):
     ) -> None:
         super().__init__()
         d_ff, d = w_in.shape
+        if not router_width and (w_gate is None or expert_size != 1):
+            raise BadWeightsError(
+                "only a gated network has a gate to be its router, of experts of one neuron; "
+                "give router_width"
+            )
         if d_ff % expert_size:
             raise BadWeightsError(
                 f"expert_size {expert_size} does not divide d_ff {d_ff}; "
@@ -177,7 +202,7 @@ class DynkFFN(nn.Module):
         self.act = act
         self.dense = False
         self.linear = linear
-        self.router = Router(d, router_width, d_ff // expert_size)
+        self.router = make_router(d, router_width, d_ff // expert_size)
         self.register_buffer("tau", torch.tensor(float(tau)))
 
     @property
@@ -210,6 +235,51 @@ class DynkFFN(nn.Module):
         """Whether a second projection gates the hidden neurons."""
         return self.w_gate is not None
 
+    @property
+    def gate_routed(self) -> bool:
+        """Whether the gate is the router."""
+        return isinstance(self.router, GateRouter)
+
+    def route_by_gate(self) -> None:
+        """Let the gate be the router, of experts of one neuron; tau = 0 computes the same.
+
+        Raises:
+            BadWeightsError: The network has no gate.
+        """
+        if self.w_gate is None:
+            raise BadWeightsError("the network has no gate")
+        self.expert_size, self.router = 1, GateRouter()
+        self.tau.zero_()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """What multiplies each neuron of a gated network, ``[.., d] -> [.., d_ff]``."""
+        return op.ACTIVATIONS[self.act](self.pre_activation(x))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """What the op takes as scores: ``[.., d] -> [.., E]``."""
+        return self.router(x) if isinstance(self.router, Router) else self.gate(x)
+
+    def selected(self, x: Tensor) -> Tensor:
+        """Which experts run: bool ``[.., E]``."""
+        return op.select(self.scores(x), self.tau, self._op_act)
+
+    def tied(self, x: Tensor) -> Tensor:
+        """The rows in which rounding decides which experts run: bool ``[..]``."""
+        return op.ties(self.scores(x), self.tau, self._op_act)
+
+    def compared(self, x: Tensor) -> Tensor:
+        """What tau is compared with, before any static selection: ``[.., d] -> [.., E]``.
+
+        The scores relative to their row's largest; of a gate that is the router, its magnitude.
+        """
+        if not isinstance(self.router, Router):
+            return self.gate(x).abs()
+        return relative(self.router.score(x))
+
+    @property
+    def _op_act(self) -> str:
+        return op.SCORED if self.gate_routed else self.act
+
     def every_expert(self, x: Tensor) -> Tensor:
         """``[.., d] -> [.., d_out]`` through all experts, without the router: tau = 0."""
         return self.project(self.hidden(x))
@@ -227,7 +297,11 @@ class DynkFFN(nn.Module):
     def fire(self, pre: Tensor, x: Tensor) -> Tensor:
         """Hidden activations from :meth:`pre_activation`."""
         h = op.ACTIVATIONS[self.act](pre)
-        return h if self.w_gate is None else h * F.linear(x, self.w_in, self.b_in)
+        return h if self.w_gate is None else self.times_up(h, x)
+
+    def times_up(self, gate: Tensor, x: Tensor) -> Tensor:
+        """Hidden activations of a gated network from its :meth:`gate`."""
+        return gate * F.linear(x, self.w_in, self.b_in)
 
     def project(self, h: Tensor) -> Tensor:
         """The second projection and its bias: ``[.., d_ff] -> [.., d_out]``."""
@@ -238,18 +312,18 @@ class DynkFFN(nn.Module):
         """``[.., d] -> [.., d_out]`` through the experts that the router selects."""
         if self.dense:
             return self.every_expert(x)
+        gate = (None, None) if self.gate_routed else (self.w_gate, self.b_gate)
         return op.dynk_ffn(  # type: ignore[no-any-return]
             x,
-            self.router(x),
+            self.scores(x),
             self.tau,
             self.w_in,
             self.b_in,
-            self.w_gate,
-            self.b_gate,
+            *gate,
             self.w_out,
             self.b_out,
             self.expert_size,
-            self.act,
+            self._op_act,
         )
 
     def extra_repr(self) -> str:
@@ -257,8 +331,13 @@ class DynkFFN(nn.Module):
         kind = "gated " if self.gated else ""
         return (
             f"{kind}{self.act}, d={self.d}, d_ff={self.d_ff}, d_out={self.d_out}, "
-            f"experts={self.experts}x{self.expert_size}, router={self.router.down.out_features}"
+            f"experts={self.experts}x{self.expert_size}, router={self.router.width or 'gate'}"
         )
+
+
+def relative(scores: Tensor) -> Tensor:
+    """Scores as a share of their row's largest."""
+    return scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)
 
 
 def nearest_divisor(n: int, wanted: int) -> int:

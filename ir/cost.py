@@ -33,7 +33,7 @@ def symbols() -> dict[str, sympy.Symbol]:
     """The symbols of the expressions."""
     import sympy
 
-    names = "rows d d_ff d_out experts k width itemsize gates linear"
+    names = "rows d d_ff d_out experts k width itemsize gates linear scored"
     return {name: sympy.Symbol(name, positive=True) for name in names.split()}
 
 
@@ -41,23 +41,25 @@ def symbols() -> dict[str, sympy.Symbol]:
 def expressions() -> dict[str, sympy.Expr]:
     """FLOPs and bytes per call, by name.
 
-    ``gates`` is 1 for a gated network, else 0; ``k`` is the mean number of experts per row.
-    ``dense_flops`` is what the block replaced: a network like itself, or, where ``linear`` is 1,
-    one linear layer. ``bytes`` counts weights read once per call, if every row needs the same
-    ``k`` experts, which is the least that a call of few rows can read.
+    ``gates`` is 1 for a gated network, else 0, and ``scored`` where the gate is the router; ``k``
+    is the mean number of experts per row. ``dense_flops`` is what the block replaced: a network
+    like itself, or, where ``linear`` is 1, one linear layer. ``bytes`` counts weights read once
+    per call, if every row needs the same ``k`` experts, which is the least that a call of few rows
+    can read.
     """
     s = symbols()
-    neuron = s["d"] * (1 + s["gates"]) + s["d_out"]
-    network = 2 * s["rows"] * s["d_ff"] * neuron
+    whole = s["d"] * (1 + s["gates"]) + s["d_out"]
+    neuron = whole - s["scored"] * s["d"]  # of what is left to compute once the scores are known
+    network = 2 * s["rows"] * s["d_ff"] * whole
     linear = 2 * s["rows"] * s["d"] * s["d_out"]
-    router = 2 * s["rows"] * s["width"] * (s["d"] + s["experts"])
+    weights = s["width"] * (s["d"] + s["experts"]) + s["scored"] * s["d"] * s["d_ff"]
+    router = 2 * s["rows"] * weights
     share = s["k"] / s["experts"]
-    router_bytes = s["width"] * (s["d"] + s["experts"])
     return {
         "dense_flops": s["linear"] * linear + (1 - s["linear"]) * network,
         "router_flops": router,
-        "flops": router + share * network,
-        "bytes": s["itemsize"] * (router_bytes + share * s["d_ff"] * neuron),
+        "flops": router + share * 2 * s["rows"] * s["d_ff"] * neuron,
+        "bytes": s["itemsize"] * (weights + share * s["d_ff"] * neuron),
     }
 
 
@@ -77,10 +79,11 @@ def evaluate(name: str, block: DynkFFN, *, rows: float = 1, k: float | None = No
         d_out=block.d_out,
         experts=block.experts,
         k=block.experts if k is None else k,
-        width=block.router.down.out_features,
+        width=block.router.width,
         itemsize=block.w_in.element_size(),
         gates=int(block.gated),
         linear=int(block.linear),
+        scored=int(block.gate_routed),
     )
     return float(expressions()[name].subs({symbols()[n]: v for n, v in values.items()}))
 

@@ -5,6 +5,10 @@ Rule (D2DMoE, arXiv 2310.04361, section 3.3): expert ``i`` runs for a row iff
 once. The rule is written here as "not below", so that a NaN score runs every expert and the NaN
 reaches the output instead of vanishing. For the same reason a row whose scores are all zero runs
 every expert: no evidence is never a licence to skip.
+
+With ``act="scored"`` experts are summed weighted by their scores, which then may be negative, and
+``tau`` is compared with their magnitudes as they are: a score has the scale of what it multiplies.
+A gated network is such a mixture, of experts of one neuron whose router is the gate.
 """
 
 from collections.abc import Callable
@@ -23,6 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 """Activations by their name in the op. ``gelu`` is the exact form (erf); ``relu2`` is squared."""
+
+SCORED = "scored"
+"""In the place of an activation: an expert is multiplied by its score."""
 
 _CPU_KERNELS: list[Callable[..., Tensor]] = []
 _CUDA_KERNELS: list[Callable[..., Tensor]] = []
@@ -53,19 +60,23 @@ def use_cuda_kernel(
     _CUDA_BACKWARDS[:] = [] if backward is None else [backward]
 
 
-def select(scores: Tensor, tau: Tensor) -> Tensor:
+def select(scores: Tensor, tau: Tensor, act: str = "identity") -> Tensor:
     """Which experts run.
 
     Args:
-        scores: Router output, ``[.., E]``, non-negative.
-        tau: Threshold relative to the row's largest score, 0-d, in ``[0, 1]``.
+        scores: Router output, ``[.., E]``, non-negative, of any sign where they weight experts.
+        tau: Threshold relative to the row's largest score, 0-d, in ``[0, 1]``; where scores weight
+            experts, of their magnitude.
+        act: Of the call.
 
     Returns:
-        Bool mask ``[.., E]``; every row has at least one ``True``.
+        Bool mask ``[.., E]``; every row has at least one ``True``, unless scores weight experts.
     """
     # compared in float32: compilers keep an intermediate wider than its dtype, so that a limit
     # rounded to bfloat16 would tie with scores in eager and not in compiled code
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if act == SCORED:
+        return torch.bitwise_not(wide.abs() < tau.to(wide.dtype))
     limit = tau.to(wide.dtype) * wide.amax(-1, keepdim=True)
     return torch.bitwise_not(wide < limit)
 
@@ -74,17 +85,19 @@ TIE = 2e-6
 """By so little rounding can move a threshold (16 units of float32)."""
 
 
-def ties(scores: Tensor, tau: Tensor) -> Tensor:
+def ties(scores: Tensor, tau: Tensor, act: str = "identity") -> Tensor:
     """The rows in which rounding decides which experts run.
 
     Args:
         scores: As in :func:`select`.
         tau: Likewise. At 0 nothing ties, for every expert runs.
+        act: Likewise.
 
     Returns:
         Bool ``[..]``.
     """
-    moved = select(scores, tau + TIE) ^ select(scores, tau - TIE)
+    by = TIE * scores.abs().amax(-1, keepdim=True) if act == SCORED else TIE
+    moved = select(scores, tau + by, act) ^ select(scores, tau - by, act)
     return (moved & (tau > 0)).any(-1)
 
 
@@ -96,8 +109,13 @@ def hidden(
     b_gate: Tensor | None,
     act: str,
 ) -> Tensor:
-    """Hidden activations ``[.., d_ff]`` of all experts, before the second projection."""
+    """Hidden activations ``[.., d_ff]`` of all experts, before the second projection.
+
+    Where scores weight experts, before that.
+    """
     up = F.linear(x, w_in, b_in)
+    if act == SCORED:
+        return up
     if w_gate is None:
         return ACTIVATIONS[act](up)
     return ACTIVATIONS[act](F.linear(x, w_gate, b_gate)) * up
@@ -120,8 +138,8 @@ def reference(
 
     Args:
         x: Rows, ``[.., d]``.
-        scores: Router output, ``[.., E]``, non-negative, with ``E = d_ff / expert_size``.
-        tau: Threshold, 0-d tensor in ``[0, 1]``; 0 runs every expert.
+        scores: Router output, ``[.., E]``, with ``E = d_ff / expert_size``; see :func:`select`.
+        tau: Threshold, 0-d tensor; 0 runs every expert.
         w_in: ``[d_ff, d]``; the neurons of an expert are adjacent.
         b_in: ``[d_ff]`` or ``None``.
         w_gate: ``[d_ff, d]`` for a gated network, else ``None``.
@@ -129,13 +147,15 @@ def reference(
         w_out: ``[d_ff, d_out]``, neuron-major.
         b_out: ``[d_out]`` or ``None``.
         expert_size: Neurons per expert.
-        act: A key of :data:`ACTIVATIONS`.
+        act: A key of :data:`ACTIVATIONS`, or :data:`SCORED` of a network that is not gated.
 
     Returns:
         ``[.., d_out]``, the dtype of ``x``.
     """
     h = hidden(x, w_in, b_in, w_gate, b_gate, act)
-    mask = select(scores, tau).repeat_interleave(expert_size, dim=-1)
+    if act == SCORED:
+        h = h * scores.repeat_interleave(expert_size, dim=-1)
+    mask = select(scores, tau, act).repeat_interleave(expert_size, dim=-1)
     # where, not a product: an infinite activation of a skipped expert must not become NaN
     y = torch.where(mask, h, h.new_zeros(())) @ w_out
     return y if b_out is None else y + b_out
@@ -178,8 +198,10 @@ def _(
     expert_size: int,
     act: str,
 ) -> Tensor:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act is {act!r}; it must be one of {sorted(ACTIVATIONS)}")
+    if act not in ACTIVATIONS and (act != SCORED or w_gate is not None):
+        raise ValueError(
+            f"act is {act!r}; it must be one of {sorted(ACTIVATIONS)}, or, without a gate, {SCORED}"
+        )
     if scores.shape[-1] * expert_size != w_in.shape[0]:
         raise ValueError(
             f"{scores.shape[-1]} experts of {expert_size} neurons do not make "
@@ -204,7 +226,8 @@ def reference_backward(
         tensors: ``x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out`` of the call.
         expert_size: Of the call.
         act: Of the call.
-        wanted: For which of ``tensors``, never of scores and tau: a selection has no gradient.
+        wanted: For which of ``tensors``, never of tau: a selection has no gradient. Scores have
+            one only where they weight experts.
 
     Returns:
         A gradient for each that is wanted.
@@ -224,7 +247,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     """Differentiate through the selected experts; the selection itself has no gradient."""
     saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
     needs = ctx.needs_input_grad  # type: ignore[attr-defined]
-    wanted = [t is not None and needs[i] and i not in (1, 2) for i, t in enumerate(saved)]
+    constant = (2,) if ctx.static[1] == SCORED else (1, 2)  # type: ignore[attr-defined]
+    wanted = [t is not None and needs[i] and i not in constant for i, t in enumerate(saved)]
     args = (grad, saved, *ctx.static, wanted)  # type: ignore[attr-defined]
     found: list[Tensor] | None = None
     if _CUDA_BACKWARDS and grad.device.type == "cuda":

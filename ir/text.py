@@ -15,7 +15,7 @@ _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", t
 _LINE = re.compile(
     r"(?P<name>\S*): (?P<kind>dense|dynk)_(?P<what>ffn|linear)<(?P<gated>gated )?(?P<act>\w+), "
     r"(?P<d>\d+) -> (?P<d_ff>\d+) -> (?P<d_out>\d+), (?P<experts>\d+) x (?P<expert_size>\d+), "
-    r"router (?P<width>\d+), tau (?P<tau>[-+.\de]+), (?P<dtype>\w+)>"
+    r"router (?P<width>\d+|gate), tau (?P<tau>[-+.\de]+), (?P<dtype>\w+)>"
 )
 
 
@@ -49,7 +49,7 @@ class BlockLine:
             block.d_out,
             block.experts,
             block.expert_size,
-            block.router.down.out_features,
+            block.router.width,
             float(block.tau),
             _DTYPES.get(block.w_in.dtype, str(block.w_in.dtype)),
             block.dense,
@@ -61,7 +61,7 @@ class BlockLine:
         return (
             f"{self.name}: {kind}<{'gated ' if self.gated else ''}{self.act}, "
             f"{self.d} -> {self.d_ff} -> {self.d_out}, {self.experts} x {self.expert_size}, "
-            f"router {self.router_width}, tau {self.tau!r}, {self.dtype}>"
+            f"router {self.router_width or 'gate'}, tau {self.tau!r}, {self.dtype}>"
         )
 
 
@@ -83,7 +83,7 @@ def parse(line: str) -> BlockLine:
         int(match["d_out"]),
         int(match["experts"]),
         int(match["expert_size"]),
-        int(match["width"]),
+        0 if match["width"] == "gate" else int(match["width"]),
         float(match["tau"]),
         match["dtype"],
         match["kind"] == "dense",

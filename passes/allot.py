@@ -39,22 +39,17 @@ class Options:
     flops: float
 
 
-def relative(scores: Tensor) -> Tensor:
-    """Scores as a share of their row's largest, which is what tau is compared with."""
-    return scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)
-
-
-def relative_quantile(ratio: Tensor, share: float, sample: int = 256) -> Tensor:
-    """The tau at which a share of the experts run, from scores relative to their row's largest.
+def tau_at(compared: Tensor, share: float, sample: int = 256) -> Tensor:
+    """The tau at which a share of the experts run.
 
     Args:
-        ratio: ``[rows, E]``, in ``[0, 1]``.
+        compared: What tau is compared with, ``[rows, E]``, see :meth:`DynkFFN.compared`.
         share: Of (row, expert) pairs that should run.
         sample: Rows to look at, evenly spaced.
     """
     if share >= 1:
-        return ratio.new_zeros(())
-    rows = ratio[:: max(1, len(ratio) // sample)]
+        return compared.new_zeros(())
+    rows = compared[:: max(1, len(compared) // sample)]
     values = rows.flatten()[: 2**24].float()
     # experts that never fire score 0, and a threshold of 0 would run them all
     least = torch.where(values > 0, values, 1.0).amin()
@@ -69,13 +64,13 @@ def options(gm: GraphModule, context: Context, rows: int = 1024) -> dict[str, Op
 
 @torch.no_grad()
 def _options(block: DynkFFN, x: Tensor) -> Options:
-    h, ratio = block.hidden(x), relative(block.router.score(x))
+    h, compared = block.hidden(x), block.compared(x)
     whole = block.project(h)
     variance = whole.float().var().clamp_min(1e-12)
     h = h.unflatten(-1, (block.experts, block.expert_size))
     errors = []
     for share in STEPS:
-        run = ratio >= relative_quantile(ratio, share, len(x))
+        run = compared >= tau_at(compared, share, len(x))
         y = block.project((h * run[..., None]).flatten(-2))
         errors.append(float((y - whole).float().square().mean() / variance))
     return Options(tuple(errors), cost("flops", block) - cost("router_flops", block))

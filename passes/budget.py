@@ -6,6 +6,7 @@ tau for all blocks would spend on the blocks with flat scores rather than on tho
 Static selection has no threshold: the best experts of every row run, as many as the share says.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.fx import GraphModule
 
 from ..ir.cost import dense_flops
 from ..ir.cost import evaluate as cost
-from .allot import allot, options, relative, relative_quantile
+from .allot import allot, options, tau_at
 from .base import Context, Pass, PassResult, capture, kl_divergence
 from .lift import blocks, lifted_layers
 from .quality import evaluate
@@ -44,10 +45,11 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float] | Sequence[float]
 
     Args:
         model: A converted model, compiled or not.
-        tau: One threshold in ``[0, 1]`` for all blocks, or one per block by name or in order.
+        tau: One threshold in ``[0, 1]`` for all blocks, or one per block by name or in order. Of
+            a block whose gate is its router, any that is not negative: the least magnitude.
 
     Raises:
-        ValueError: A threshold outside ``[0, 1]``, or a number of thresholds that does not fit.
+        ValueError: A threshold out of range, or a number of thresholds that does not fit.
     """
     found = blocks(getattr(model, "_orig_mod", model))
     if not found:
@@ -61,12 +63,14 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float] | Sequence[float]
     for name, value in values.items():
         if name not in found:
             raise ValueError(f"no block is named {name!r}; there are {', '.join(found)}")
-        if not 0 <= value <= 1:
-            raise ValueError(f"tau {value} of {name} is outside [0, 1]")
+        most = math.inf if found[name].gate_routed else 1
+        if not 0 <= value <= most:
+            raise ValueError(f"tau {value} of {name} is outside [0, {most}]")
     with torch.no_grad():
         for name, value in values.items():
             found[name].tau.fill_(value)
-            found[name].router.top = 0
+            if not found[name].gate_routed:
+                found[name].router.top = 0
 
 
 def set_top(model: nn.Module, share: float) -> None:
@@ -75,8 +79,13 @@ def set_top(model: nn.Module, share: float) -> None:
     Args:
         model: A converted model.
         share: Of each block's experts; at least one runs.
+
+    Raises:
+        ValueError: A gate is the router of a block; it knows thresholds alone.
     """
-    for block in blocks(model).values():
+    for name, block in blocks(model).items():
+        if block.gate_routed:
+            raise ValueError(f"the gate of {name} is its router, which has no static selection")
         block.router.top = min(block.experts, max(1, round(share * block.experts)))
         with torch.no_grad():
             block.tau.fill_(1.0)
@@ -102,9 +111,10 @@ def taus_at(
         wanted = [allot(found, share) for share in shares]
     for name, block in blocks(gm).items():
         with torch.no_grad():
-            ratio = relative(block.router.score(inputs[name]))
+            compared = block.compared(inputs[name])
+        most = math.inf if block.gate_routed else 1.0
         for taus, by_name in zip(result, wanted, strict=True):
-            taus[name] = min(1.0, float(relative_quantile(ratio, by_name[name], sample=4096)))
+            taus[name] = min(most, float(tau_at(compared, by_name[name], sample=4096)))
     return result
 
 
@@ -136,7 +146,7 @@ class Budget(Pass):
         tried: list[dict[str, Any]] = []
         margin = 0.003  # other text will differ a little
         if kind == "flops":
-            low = high = max(0.0, wanted - margin - _router_share(gm))
+            low = high = _share_within(gm, wanted - margin)
         while True:
             share = (low + high) / 2
             if self.static:
@@ -175,6 +185,9 @@ class Budget(Pass):
         return PassResult(gm, True, {"tau": taus, "tried": tried})
 
 
-def _router_share(gm: GraphModule) -> float:
+def _share_within(gm: GraphModule, wanted: float) -> float:
+    """The share of experts at which blocks take so much of what they replaced, at least 0."""
     dense = sum(dense_flops(p) for p in lifted_layers(gm).values())
-    return sum(cost("router_flops", b) for b in blocks(gm).values()) / dense
+    router = sum(cost("router_flops", b) for b in blocks(gm).values())
+    experts = sum(cost("flops", b) for b in blocks(gm).values()) - router
+    return min(1.0, max(0.0, (wanted * dense - router) / experts))

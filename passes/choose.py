@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 from ..ir.block import DynkFFN
 from ..ir.cost import Curves
 from ..ir.measure import compare
-from ..ir.op import select
 from .base import Context, Pass, PassResult, capture
 from .lift import blocks
 
@@ -67,4 +66,4 @@ class Choose(Pass):
 
 def _share(block: DynkFFN, x: Tensor) -> float:
     with torch.no_grad():
-        return float(select(block.router(x), block.tau).float().mean())
+        return float(block.selected(x).float().mean())

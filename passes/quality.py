@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from ..ir.block import DynkFFN
 from ..ir.cost import dense_flops, ffn_share, spent_flops
-from ..ir.op import select
 from .base import Context, call, cosine_distance, looking, watch
 from .data import Batch
 from .lift import blocks, lifted_layers
@@ -44,7 +43,7 @@ def evaluate(gm: GraphModule, context: Context, data: Sequence[Batch]) -> Qualit
     total, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
 
     def count(name: str, block: DynkFFN, x: Tensor) -> None:
-        total[name] += float(select(block.router(x), block.tau).sum())
+        total[name] += float(block.selected(x).sum())
         seen[name] += len(x)
 
     cosine = distance = 0.0

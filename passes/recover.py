@@ -7,9 +7,10 @@
      + the user's loss, if there is one
 
 Experts, attention and norms learn from the distillation, routers from the norms of their experts
-as these change. Routers get no gradient through the selection: with a straight-through estimator
-and no regression to hold them, scores drift away from the norms and the selection decays; with
-both, the estimator gained nothing that could be measured.
+as these change, and a gate that is the router as the part of its neuron that it is. Routers get no
+gradient through the selection: with a straight-through estimator and no regression to hold them,
+scores drift away from the norms and the selection decays; with both, the estimator gained nothing
+that could be measured.
 """
 
 import math
@@ -24,8 +25,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..ir.block import DynkFFN
-from .allot import allot, options, relative, relative_quantile
+from ..ir.block import DynkFFN, Router, relative
+from .allot import allot, options, tau_at
 from .base import (
     Context,
     Pass,
@@ -64,20 +65,29 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
-        h = block.hidden(x)
-        scores = block.router.score(x.detach())
-        ratio = relative(scores.detach())
-        tau = relative_quantile(real_rows(ratio, self.mask), self.share)
+        if block.gate_routed:
+            gate = block.gate(x)
+            h, compared = block.times_up(gate, x), gate.detach().abs()
+        else:
+            h = block.hidden(x)
+            compared = self._routed(h, x)
+        if self.alpha:
+            self.hoyer = real_rows(hoyer(h)[..., None], self.mask).mean()
+        run = (compared >= tau_at(real_rows(compared, self.mask), self.share))[..., None]
+        h = h.unflatten(-1, (block.experts, block.expert_size))
+        return block.project((h * run).flatten(-2))
+
+    def _routed(self, h: Tensor, x: Tensor) -> Tensor:
+        """What tau is compared with, by a router that learns from the norms of its experts."""
+        router = self.block.router
+        assert isinstance(router, Router)
+        scores = router.score(x.detach())
         with torch.no_grad():
-            norms = expert_norms(block, h)
+            norms = expert_norms(self.block, h)
         if self.relative:
             norms = relative_norms(norms)
         self.router_loss = relative_error(scores, norms, self.mask, norms.float().square().mean())
-        if self.alpha:
-            self.hoyer = real_rows(hoyer(h)[..., None], self.mask).mean()
-        run = (ratio >= tau)[..., None]
-        h = h.unflatten(-1, (block.experts, block.expert_size))
-        return block.project((h * run).flatten(-2))
+        return relative(scores.detach())
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Split(Pass):
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Permute the neurons of every block."""
         inputs = capture(gm, context.train, self.rows) if self.rows else {}
-        found = blocks(gm)
+        found = _learned(gm)
         jobs = ((block, inputs.pop(name, None), context.seed) for name, block in found.items())
         for i, (name, block) in enumerate(zip(found, context.each(self._split, jobs), strict=True)):
             gm.set_submodule(name, block)
@@ -88,7 +88,7 @@ class Route(Pass):
         if self.predicts not in PREDICTIONS:
             raise ValueError(f"predicts is {self.predicts!r}; it is one of {sorted(PREDICTIONS)}")
         inputs = capture(gm, context.train, self.tokens)
-        found, unexplained = blocks(gm), {}
+        found, unexplained = _learned(gm), {}
         jobs = ((block, inputs.pop(name), context.seed) for name, block in found.items())
         for i, (name, fitted) in enumerate(zip(found, context.each(self._fit, jobs), strict=True)):
             block, error = fitted
@@ -101,31 +101,33 @@ class Route(Pass):
     def _fit(self, job: tuple[DynkFFN, Tensor, int]) -> tuple[DynkFFN, float]:
         """Train the router of one block, which draws rows as if there were no other."""
         block, x, seed = job
+        router = block.router
+        assert isinstance(router, Router)
         generator = torch.Generator().manual_seed(seed)
-        block.router.predicts, block.router.top = self.predicts, 0
+        router.predicts, router.top = self.predicts, 0
         with torch.no_grad():
             labels, size = self._labels(block, x)
             if self.predicts == "norms":
-                _least_squares(block.router, x[:8192], labels[:8192])
+                _least_squares(router, x[:8192], labels[:8192])
             variance = labels.var(0).mean().clamp_min(1e-12)
-        optimizer = torch.optim.Adam(block.router.parameters(), lr=self.lr, fused=True)
-        with trainable(block, list(block.router.parameters())):
+        optimizer = torch.optim.Adam(router.parameters(), lr=self.lr, fused=True)
+        with trainable(block, list(router.parameters())):
             for step in range(self.steps):
                 rows = self._draw(x, self.batch, generator)
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * (1 - step / self.steps) + 1e-5
                 if self.predicts == "norms":
-                    loss = F.mse_loss(block.router.score(x[rows]), labels[rows])
+                    loss = F.mse_loss(router.score(x[rows]), labels[rows])
                 else:
-                    logits = block.router.predict(x[rows])
+                    logits = router.predict(x[rows])
                     loss = F.binary_cross_entropy_with_logits(logits, labels[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
         with torch.no_grad():
             rows = self._draw(x, 4096, generator)
-            error = F.mse_loss(block.router.score(x[rows]), labels[rows]) / variance
-            block.router.up.weight.mul_(size)
+            error = F.mse_loss(router.score(x[rows]), labels[rows]) / variance
+            router.up.weight.mul_(size)
         return block, error.item()
 
     def _draw(self, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -148,6 +150,11 @@ class Route(Pass):
             return expert_norms(block, h)
         each = h.abs().view(-1, block.experts, block.expert_size)
         return each.sum(-1)
+
+
+def _learned(gm: GraphModule) -> dict[str, DynkFFN]:
+    """Blocks with a router of their own; where the gate is the router, there is nothing to do."""
+    return {name: b for name, b in blocks(gm).items() if not b.gate_routed}
 
 
 def _least_squares(router: Router, x: Tensor, labels: Tensor) -> None:

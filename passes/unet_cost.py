@@ -9,7 +9,6 @@ from torch.fx import GraphModule
 
 from ..ir.block import DynkFFN, Projection
 from ..ir.cost import dense_flops, spent_flops
-from ..ir.op import select
 from .base import watch
 from .lift import lifted_layers
 
@@ -38,7 +37,7 @@ def joint(
     def look(name: str, place: DynkFFN | Projection, x: Tensor) -> None:
         k = None
         if isinstance(place, DynkFFN) and not place.dense:
-            k = float(select(place.router(x), place.tau).float().sum(-1).mean())
+            k = float(place.selected(x).float().sum(-1).mean())
         dense[name] += len(x) * dense_flops(place) / len(data)
         spent[name] += len(x) * spent_flops(place, k) / len(data)
 

@@ -13,7 +13,6 @@ from torch.fx import GraphModule
 
 from ..ir.block import DynkFFN
 from ..ir.measure import agree, compare
-from ..ir.op import select
 from ..ir.text import BlockLine
 from ..passes.base import Context, Each, Progress, first_tensor, silent, watch
 from ..passes.budget import set_tau, taus_at
@@ -171,7 +170,7 @@ def layers(gm: GraphModule, data: Sequence[Batch]) -> list[dict[str, Any]]:
     seen: dict[str, list[tuple[Tensor, float]]] = {n: [] for n in blocks(gm)}
 
     def look(name: str, block: DynkFFN, x: Tensor) -> None:
-        k = select(block.router(x), block.tau).sum(-1)
+        k = block.selected(x).sum(-1)
         seen[name].append((k, float((block.hidden(x) == 0).float().mean())))
 
     for _ in watch(gm, data[:4], look):

@@ -1,5 +1,5 @@
 // A feed-forward network that runs, for each row, the experts whose score is not below
-// tau * max(scores). Weights are read where PyTorch keeps them.
+// tau * max(scores); where scores weight the experts, those of a magnitude not below tau. Weights are read where PyTorch keeps them.
 //
 // Many rows: threads take blocks of rows. Within a block every expert has the list of its rows,
 // made by counting. Few rows: threads take experts; each weight is read once for all rows that
@@ -15,20 +15,24 @@ struct Args {
   float tau;
 };
 constexpr long EXPERTS = D_FF / E;
+constexpr bool SCORED = ACT == 7;
 
 // Biases and the activation of one expert's neurons in one row; h holds x . w_in on entry.
-static inline void finish(const Args& a, long expert, float* __restrict h,
+static inline void finish(const Args& a, long row, long expert, float* __restrict h,
                           const float* __restrict gate) {
+  const float score = SCORED ? widen(a.scores[row * EXPERTS + expert]) : 1.0f;
 #pragma omp simd
   for (long n = 0; n < E; n++) {
     long i = expert * E + n;
     float up = h[n] + (B_IN ? widen(a.b_in[i]) : 0.0f);
-    if (GATED) h[n] = act<ACT>(gate[n] + (B_GATE ? widen(a.b_gate[i]) : 0.0f)) * up;
+    if (SCORED) h[n] = score * up;
+    else if (GATED) h[n] = act<ACT>(gate[n] + (B_GATE ? widen(a.b_gate[i]) : 0.0f)) * up;
     else h[n] = act<ACT>(up);
   }
 }
 
 static inline float threshold(const Args& a, long row) {
+  if (SCORED) return a.tau;
   const stored* s = a.scores + row * EXPERTS;
   float most = widen(s[0]);
   bool nan = most != most;
@@ -41,7 +45,8 @@ static inline float threshold(const Args& a, long row) {
   return a.tau * most;
 }
 static inline bool runs(const Args& a, long row, long e, float t) {
-  return !(widen(a.scores[row * EXPERTS + e]) < t);
+  const float score = widen(a.scores[row * EXPERTS + e]);
+  return !((SCORED ? std::fabs(score) : score) < t);
 }
 
 // Columns [0, V * LANES) of y += sum over neurons of h * w_out, R rows that share their neurons;
@@ -164,8 +169,8 @@ static void group(const Args& a, Scratch& s, const int32_t* ids, long experts, l
       project(a.w_in + e * E * D, to, in_rows);
     }
     for (long i = 0; i < n; i++) {
-      finish(a, e, to[i], gates[i]);
       const long r = rows[i];
+      finish(a, r, e, to[i], gates[i]);
       long k = s.counts[r];
       int32_t* live = s.live.p + r * GROUP;
       float* value = s.value.p + r * GROUP;
@@ -221,12 +226,14 @@ static int many_rows(const Args& a, int threads) {
       for (long b = 0; b < blocks; b++) {
         const long first = b * block, count = std::min(block, a.rows - first);
         if (count <= 0) continue;
+        Args here = a;
+        here.scores += first * EXPERTS;
         std::fill(sizes.p, sizes.p + EXPERTS, 0);
         for (long r = 0; r < count; r++) {
-          const float t = threshold(a, first + r);
+          const float t = threshold(here, r);
           for (long e = 0; e < EXPERTS; e++) {
             lists.p[e * block + sizes.p[e]] = uint16_t(r);
-            sizes.p[e] += runs(a, first + r, e, t);
+            sizes.p[e] += runs(here, r, e, t);
           }
         }
         long some = 0;
@@ -243,7 +250,7 @@ static int many_rows(const Args& a, int threads) {
             return sizes.p[active.p[g + j]];
           };
           const long next = g + n < some ? active.p[g + n] : 0;
-          group<true>(a, s, active.p + g, n, count, x, y.p, rows_of, next);
+          group<true>(here, s, active.p + g, n, count, x, y.p, rows_of, next);
         }
         for (long r = 0; r < count; r++)
           for (long c = 0; c < D_OUT; c++)

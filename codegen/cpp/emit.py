@@ -5,7 +5,7 @@ from pathlib import Path
 from .spec import LANES, KernelSpec, LinearSpec
 
 _HERE = Path(__file__).parent
-ACTS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "gelu_quick", "relu2")
+ACTS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "gelu_quick", "relu2", "scored")
 """In the order of their numbers in C++."""
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...ir.cost import Curves
 from ...ir.errors import CompileError
 from ...ir.measure import compare
-from ...ir.op import reference, use_cpu_kernel
+from ...ir.op import SCORED, reference, use_cpu_kernel
 from ..spec import Weights, constants_of, shapes_fit
 from . import library
 from .build import build
@@ -151,9 +151,9 @@ def _forms(
     blocks = cycle(
         _copies(
             lambda: (
-                filled(spec.d_ff, spec.d), zeros if spec.b_in else None,
+                filled(spec.d_ff, spec.d), zeros[: spec.d_ff] if spec.b_in else None,
                 filled(spec.d_ff, spec.d) if spec.gated else None, zeros if spec.b_gate else None,
-                filled(spec.d_ff, spec.d_out), zeros if spec.b_out else None,
+                filled(spec.d_ff, spec.d_out), zeros[: spec.d_out] if spec.b_out else None,
             )
         )
     )  # fmt: skip
@@ -163,7 +163,13 @@ def _forms(
             *_pointers([x, scores]), 0.5, *_pointers([*next(blocks), y]), rows, few, threads
         )
 
-    return form(MOST_FEW), form(0)
+    def dense() -> Tensor:  # what library.cpp then computes
+        w_in, b_in, _, _, w_out, b_out = next(blocks)
+        assert w_in is not None
+        assert w_out is not None
+        return F.linear(F.linear(x, w_in, b_in).mul_(scores), w_out.T, b_out)
+
+    return form(MOST_FEW), dense if spec.act == SCORED and spec.expert_size == 1 else form(0)
 
 
 def _copies(make: Callable[[], Weights]) -> list[Weights]:

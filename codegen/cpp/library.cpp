@@ -56,7 +56,7 @@ static Kernel find(const char* kind, const Key& key) {
 }
 
 static const char* const ACTS[] = {"identity", "relu",       "gelu", "gelu_tanh",
-                                   "silu",     "gelu_quick", "relu2"};
+                                   "silu",     "gelu_quick", "relu2", "scored"};
 static int64_t index_of(const std::string& act) {
   for (size_t i = 0; i < std::size(ACTS); i++)
     if (act == ACTS[i]) return int64_t(i);
@@ -64,17 +64,18 @@ static int64_t index_of(const std::string& act) {
   return -1;
 }
 
+static float wide(uint16_t v) {
+  uint32_t bits = uint32_t(v) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 static float value_of(const Tensor& tau) {
   STD_TORCH_CHECK(tau.is_cpu() && tau.numel() == 1, "skimp_cpu::dynk_ffn: tau must be one number");
   switch (tau.scalar_type()) {
     case ScalarType::Float: return *(const float*)tau.const_data_ptr();
     case ScalarType::Double: return float(*(const double*)tau.const_data_ptr());
-    case ScalarType::BFloat16: {
-      uint32_t bits = uint32_t(*(const uint16_t*)tau.const_data_ptr()) << 16;
-      float value;
-      std::memcpy(&value, &bits, 4);
-      return value;
-    }
+    case ScalarType::BFloat16: return wide(*(const uint16_t*)tau.const_data_ptr());
     default: STD_TORCH_CHECK(false, "skimp_cpu::dynk_ffn: tau is neither float32 nor bfloat16");
   }
   return 0;
@@ -98,6 +99,40 @@ static void check(const Tensor& x, const Tensor& t, std::initializer_list<int64_
   int64_t i = 0;
   for (int64_t n : shape) same = same && t.size(i++) == n;
   STD_TORCH_CHECK(same, op, ": ", name, " has another shape, dtype or device than x asks for");
+}
+
+static Tensor aten_linear(const Tensor& x, const Tensor& w, const Optional& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+static void weight(float* h, float score, float tau) {
+  *h = std::fabs(score) < tau ? 0 : score * *h;
+}
+static void weight(uint16_t* h, uint16_t score, float tau) {
+  float value = wide(*h);
+  weight(&value, wide(score), tau);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const bool nan = value != value;
+  *h = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, even
+}
+
+// Many rows of weighted experts of one neuron: dense products, and zeros for what rests.
+static Tensor masked(const Tensor& x, const Tensor& scores, float tau, const Tensor& w_in,
+                     const Optional& b_in, const Tensor& w_out, const Optional& b_out) {
+  const Tensor h = aten_linear(x, w_in, b_in);
+  const int64_t n = h.numel();
+  void* p = h.mutable_data_ptr();
+  const bool narrow = h.scalar_type() == ScalarType::BFloat16;
+#pragma omp parallel for num_threads(int(torch::stable::get_num_threads())) if (n > 32768)
+  for (int64_t i = 0; i < n; i++)
+    if (narrow) weight((uint16_t*)p + i, ((const uint16_t*)pointer(scores))[i], tau);
+    else weight((float*)p + i, ((const float*)pointer(scores))[i], tau);
+  return aten_linear(h, torch::stable::transpose(w_out, 0, 1), b_out);
 }
 
 Tensor dynk_ffn(Tensor x_, Tensor scores_, Tensor tau, Tensor w_in_, Optional b_in_,
@@ -125,6 +160,8 @@ Tensor dynk_ffn(Tensor x_, Tensor scores_, Tensor tau, Tensor w_in_, Optional b_
                         b_gate.has_value(), b_out.has_value(), expert_size, d, d_ff,
                         d_out * 2 + (x.scalar_type() == ScalarType::BFloat16)});
   STD_TORCH_CHECK(kernel.run, op, ": there is no kernel for such a block");
+  if (act == "scored" && expert_size == 1 && rows > kernel.few)
+    return masked(x, scores, value_of(tau), w_in, b_in, w_out, b_out);
   Tensor y = empty_like_rows_of(x, d_out);
   typedef int (*Run)(const void*, const void*, float, const void*, const void*, const void*,
                      const void*, const void*, const void*, void*, int64_t, int64_t, int32_t);
@@ -134,14 +171,6 @@ Tensor dynk_ffn(Tensor x_, Tensor scores_, Tensor tau, Tensor w_in_, Optional b_
       int32_t(torch::stable::get_num_threads()));
   STD_TORCH_CHECK(!failed, op, ": no memory for the scratch of ", rows, " rows");
   return y;
-}
-
-static Tensor aten_linear(const Tensor& x, const Tensor& w, const Optional& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Layers of one shape that read the same x; `b_` holds a bias for each of them, or nothing.

@@ -109,25 +109,32 @@ struct Call {
         count, 0);
   }
   // Few rows: every thread takes some of the experts. What a thread runs is said by scores of 1
-  // and -1 and a threshold of 0.
+  // and -1 and a threshold of 0, or, where scores weight experts, by those that are not 0.
+  bool scored() const { return kernel->act == 7; }
   void some_experts(size_t i) {
     float* mine = marks.data() + i * rows * experts;
-    std::fill(mine, mine + rows * experts, -1.0f);
+    std::fill(mine, mine + rows * experts, scored() ? 0.0f : -1.0f);
     const int64_t end = int64_t(active.size()) * (i + 1) / slices;
     for (int64_t j = int64_t(active.size()) * i / slices; j < end; j++)
       for (int64_t r = 0; r < rows; r++)
-        if (runs(r, active[j])) mine[r * experts + active[j]] = 1;
-    run(x, mine, 0.0f, i ? zeros.data() : b_out,
+        if (runs(r, active[j])) {
+          const int64_t at = r * experts + active[j];
+          mine[at] = scored() ? scores[at] : 1;
+        }
+    run(x, mine, scored() ? std::numeric_limits<float>::min() : 0.0f, i ? zeros.data() : b_out,
         i ? parts.data() + (i - 1) * rows * kernel->d_out : y, rows, rows);
   }
   std::vector<float> limits;
-  bool runs(int64_t row, int64_t e) const { return !(scores[row * experts + e] < limits[row]); }
+  bool runs(int64_t row, int64_t e) const {
+    const float score = scores[row * experts + e];
+    return !((scored() ? std::fabs(score) : score) < limits[row]);
+  }
   void look() {
     for (int64_t r = 0; r < rows; r++) {
       const float* s = scores + r * experts;
       float most = s[0];
       for (int64_t e = 1; e < experts; e++) most = s[e] > most || s[e] != s[e] ? s[e] : most;
-      limits.push_back(most * tau);
+      limits.push_back(scored() ? tau : most * tau);
     }
     for (int64_t e = 0; e < experts; e++) {
       bool any = false;

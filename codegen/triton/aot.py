@@ -116,7 +116,13 @@ class Compiled:
 
 
 def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
-    """The spec of a block of a converted model, with its weights stored as ``dtype``."""
+    """The spec of a block of a converted model, with its weights stored as ``dtype``.
+
+    Raises:
+        CompileError: Its gate is its router, for which there is no kernel.
+    """
+    if block.gate_routed:
+        raise CompileError("a block whose gate is its router has no kernel on GPUs yet")
     weights = (block.w_in, block.b_in, block.w_gate, block.b_gate, block.w_out, block.b_out)
     return TritonSpec(**constants_of(weights, block.expert_size, block.act, dtype))
 

@@ -74,7 +74,7 @@ def describe(block: DynkFFN, site: FFNSite | ProjectionSite, place: Place) -> di
         "linear": block.linear,
         "expert_size": block.expert_size,
         "act": block.act,
-        "router_width": block.router.down.out_features,
+        "router_width": block.router.width,
         "dense": block.dense,
         "predicts": block.router.predicts,
         "top": block.router.top,
@@ -107,8 +107,9 @@ def empty_block(spec: Mapping[str, Any], dtype: torch.dtype | None) -> DynkFFN:
         linear=bool(spec["linear"]),
     )
     block.dense = bool(spec["dense"])
-    block.router.predicts = str(spec.get("predicts", "norms"))
-    block.router.top = int(spec.get("top", 0))
+    if not block.gate_routed:
+        block.router.predicts = str(spec.get("predicts", "norms"))
+        block.router.top = int(spec.get("top", 0))
     return block.to("meta", dtype).eval()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...codegen.cpp.decoder import Decoder
 from ...codegen.cpp.decoder_spec import DecoderSpec, DecoderWeights, LayerWeights, RouterWeights
 from ...codegen.cpp.spec import detect_isa
-from ...ir.block import DynkFFN
+from ...ir.block import DynkFFN, Router
 from ...ir.errors import CompileError, TargetError
 from .hf import HFTarget, why_not
 from .sequences import Sequences
@@ -307,6 +307,8 @@ def _routed(weights: LayerWeights, block: DynkFFN, act: str) -> LayerWeights:
         or any(b is not None for b in (block.b_in, block.b_gate, block.b_out))
     ):
         raise TargetError("a converted network is not gated like the others, or has biases")
+    if not isinstance(block.router, Router):
+        raise TargetError("the gate of a converted network is its router")
     router = RouterWeights(
         block.router.down.weight, block.router.up.weight, block.expert_size,
         block.router.predicts, block.router.top,

@@ -19,7 +19,7 @@ from skimp.codegen.cpp.kernels import ARGUMENTS, dynk_ffn_cpu, fallbacks, instal
 from skimp.codegen.cpp.spec import FLAGS, KernelSpec, LinearSpec, detect_isa
 from skimp.ir import dynk_ffn, reference
 from skimp.ir.errors import CompileError
-from skimp.ir.op import use_cpu_kernel
+from skimp.ir.op import SCORED, use_cpu_kernel
 
 # (d, d_ff, d_out, expert size, gated, biases, act): few, since each one is a compile
 CASES = [
@@ -30,6 +30,8 @@ CASES = [
     (8, 128, 8, 64, False, False, "identity"),
     (16, 24, 40, 3, True, True, "gelu_quick"),
     (40, 32, 24, 8, False, True, "relu2"),
+    (40, 30, 104, 1, False, True, "scored"),
+    (13, 30, 13, 5, False, False, "scored"),
 ]
 
 POINTERS = ("x", "scores", "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
@@ -44,6 +46,8 @@ def make(case, rows, dtype=torch.float32, seed=0, share=0.5):
 
     scores = torch.rand(rows, d_ff // e, generator=g)
     scores = torch.where(scores < share, scores * 0.1, scores)
+    if act == SCORED:
+        scores *= torch.where(torch.rand(scores.shape, generator=g) < 0.5, -1, 1)
     values = dict(
         x=r(rows, d), scores=scores, tau=torch.tensor(0.3), w_in=r(d_ff, d) / d**0.5,
         b_in=r(d_ff) if bias else None, w_gate=r(d_ff, d) / d**0.5 if gated else None,
@@ -56,7 +60,9 @@ def make(case, rows, dtype=torch.float32, seed=0, share=0.5):
 
 def check(args, tolerance=1e-5):
     double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-    if args["x"].dtype == torch.bfloat16:  # the selection is made in the scores' dtype
+    if (
+        args["x"].dtype == torch.bfloat16 and args["act"] != SCORED
+    ):  # the selection is made in the scores' dtype
         limit = args["tau"] * args["scores"].amax(-1, keepdim=True)
         double["scores"] = (~(args["scores"] < limit)).double()
     want, got = reference(**double), dynk_ffn_cpu(*args.values())
@@ -106,11 +112,12 @@ def test_no_rows_and_more_dimensions():
     assert torch.equal(dynk_ffn_cpu(*deep.values()).view(6, 104), dynk_ffn_cpu(*args.values()))
 
 
-@pytest.mark.parametrize("rows", [3, 30])
+@pytest.mark.parametrize("case", [CASES[2], *CASES[-2:]])
+@pytest.mark.parametrize("rows", [3, 30, 70])
 @pytest.mark.parametrize("what", ["x", "scores", "zero scores"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite(rows, what, value):
-    args = make(CASES[2], rows)
+def test_values_that_are_not_finite(case, rows, what, value):
+    args = make(case, rows)
     if what == "zero scores":
         args["scores"][1] = 0
     else:

@@ -93,7 +93,7 @@ def one_node(act, gated, rows=(2, 5), seed=0):
     """An ONNX model of one block, its inputs, and what the op makes of them."""
     import onnx
     from skimp.codegen import onnx as door
-    from skimp.ir.op import reference
+    from skimp.ir.op import SCORED, reference
 
     g = torch.Generator().manual_seed(seed)
 
@@ -108,6 +108,8 @@ def one_node(act, gated, rows=(2, 5), seed=0):
     values["scores"] = torch.rand(*rows, d_ff // size, generator=g)
     values["scores"][0, 0] = 0  # no evidence: every expert runs
     values["x"] = r(*rows, d)
+    if act == SCORED:
+        values["scores"] *= torch.where(values["x"].sum(-1, keepdim=True) < 0, -1, 1)
     if not gated:
         values |= dict(w_gate=None, b_gate=None)
     want = reference(**values, expert_size=size, act=act)

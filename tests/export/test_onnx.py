@@ -1,5 +1,7 @@
 """ONNX files in ONNX Runtime, in a process that has neither torch nor skimp."""
 
+import itertools
+
 import numpy as np
 import pytest
 import skimp
@@ -11,7 +13,7 @@ from skimp.codegen.cpp.ort import compile_operators, emit_operators
 from skimp.codegen.cpp.spec import FLAGS
 from skimp.codegen.ort import Session, operators, specs_of
 from skimp.ir.errors import ArtefactError, ExportError
-from skimp.ir.op import ACTIVATIONS
+from skimp.ir.op import ACTIVATIONS, SCORED
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -78,8 +80,9 @@ def test_an_old_opset(small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("act", "gated"), [*itertools.product(sorted(ACTIVATIONS), (False, True)), (SCORED, False)]
+)
 def test_every_function_is_the_op(act, gated):
     model, feed, want = one_node(act, gated)
     onnx.checker.check_model(model, full_check=True)
@@ -112,6 +115,15 @@ def test_gated_blocks_of_few_and_of_many_rows_on_kernels():
     assert session.run(None, {**feed, "x": feed["x"][:, :0], "scores": feed["scores"][:, :0]})
     with pytest.raises(Exception, match="do not fit one another"):
         session.run(None, feed | dict(scores=feed["scores"][:, :4]))
+
+
+def test_weighted_experts_of_few_and_of_many_rows_on_kernels():
+    model = one_node(SCORED, False)[0]
+    del model.functions[:]
+    session = native(model, compile_operators(specs_of(model)))
+    for rows in [(1, 1), (3, 7), (2, 70), (5, 129)]:
+        _, feed, want = one_node(SCORED, False, rows)
+        assert np.allclose(session.run(None, feed)[0], want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_library_of_another_model(onnx_file):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.ir import ACTIVATIONS, DynkFFN, dynk_ffn, select
 from skimp.ir.errors import BadWeightsError
+from skimp.ir.op import SCORED
 
 
 def make(rows, d, e, n, d_out, *, gated=False, bias=True, dtype=torch.float64, seed=0):
@@ -37,11 +38,16 @@ def brute(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, expert_size,
     for t in range(x.shape[0]):
         y = torch.zeros(w_out.shape[1], dtype=x.dtype)
         for i in range(scores.shape[1]):
-            if scores[t, i] < tau * scores[t].max():
+            if act == SCORED:
+                if scores[t, i].abs() < tau:
+                    continue
+            elif scores[t, i] < tau * scores[t].max():
                 continue
             s = slice(i * expert_size, (i + 1) * expert_size)
             up = w_in[s] @ x[t] + (0 if b_in is None else b_in[s])
-            if w_gate is None:
+            if act == SCORED:
+                h = scores[t, i] * up
+            elif w_gate is None:
                 h = ACTIVATIONS[act](up)
             else:
                 h = ACTIVATIONS[act](w_gate[s] @ x[t] + (0 if b_gate is None else b_gate[s])) * up
@@ -66,6 +72,47 @@ def test_op_is_the_sum_of_selected_experts(rows, d, e, n, d_out, gated, bias, ta
     a = make(rows, d, e, n, d_out, gated=gated, bias=bias)
     a |= dict(tau=torch.tensor(tau, dtype=torch.float64), act=act)
     torch.testing.assert_close(dynk_ffn(**a), brute(**a))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    e=st.integers(1, 3),
+    n=st.integers(1, 6),
+    bias=st.booleans(),
+    tau=st.floats(0, 2),
+)
+def test_experts_weighted_by_their_scores(rows, e, n, bias, tau):
+    a = make(rows, 5, e, n, 4, bias=bias)
+    a["scores"] *= torch.where(a["x"][:, :1] < 0, -1, 1)
+    a |= dict(tau=torch.tensor(tau, dtype=torch.float64), act=SCORED)
+    torch.testing.assert_close(dynk_ffn(**a), brute(**a))
+
+
+def test_scores_that_weight_experts_have_a_gradient():
+    a = make(4, 5, 2, 6, 5) | dict(act=SCORED)
+    names = ["x", "scores", "w_in", "b_in", "w_out", "b_out"]
+    for name in names:
+        a[name].requires_grad_()
+
+    def f(*leaves):
+        return dynk_ffn(**(a | dict(zip(names, leaves, strict=True))))
+
+    assert torch.autograd.gradcheck(f, [a[n] for n in names])
+    dynk_ffn(**a).sum().backward()
+    rests = a["scores"] < a["tau"]
+    assert rests.any()
+    assert (a["scores"].grad[rests] == 0).all()
+    assert (a["scores"].grad[~rests] != 0).all()
+
+
+def test_what_a_weighted_row_has_not_it_does_not_run():
+    s = torch.tensor([[0.0, -2.0, 1.0], [0.0, 0.0, 0.0], [0.0, float("nan"), 0.0]])
+    chosen = select(s, torch.tensor(1.5), SCORED)
+    assert chosen.tolist() == [[False, True, False], [False] * 3, [False, True, False]]
+    assert select(s, torch.tensor(0.0), SCORED).all()
+    a = make(1, 4, 1, 3, 4) | dict(act=SCORED, scores=torch.zeros(1, 3, dtype=torch.float64))
+    assert torch.equal(dynk_ffn(**a)[0], a["b_out"])
 
 
 def test_tau_zero_is_dense_and_tau_one_is_the_best_expert():
@@ -129,9 +176,9 @@ def test_gradients_flow_through_selected_experts_only():
     assert (a["w_in"].grad[2:] == 0).all()
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_opcheck(gated):
-    a = make(4, 5, 2, 6, 3, gated=gated, dtype=torch.float32)
+@pytest.mark.parametrize(("gated", "act"), [(False, "relu"), (True, "relu"), (False, SCORED)])
+def test_opcheck(gated, act):
+    a = make(4, 5, 2, 6, 3, gated=gated, dtype=torch.float32) | dict(act=act)
     torch.library.opcheck(dynk_ffn, tuple(a.values()))
     a["x"] = torch.randn(5, 4).t()  # strides that are not contiguous
     torch.library.opcheck(dynk_ffn, tuple(a.values()))
@@ -158,6 +205,13 @@ def test_block_refuses_what_it_cannot_be():
         DynkFFN(w, None, None, None, w, None, **(kw | dict(expert_size=5)))
     with pytest.raises(BadWeightsError, match=r"b_in has shape \(3,\), expected \(12,\)"):
         DynkFFN(w, torch.zeros(3), None, None, w, None, **kw)
+    for gate, size in ((None, 1), (w, 4)):
+        with pytest.raises(BadWeightsError, match="only a gated network has a gate"):
+            DynkFFN(w, None, gate, None, w, None, expert_size=size, act="relu", router_width=0)
+    both = make(2, 5, 2, 6, 3, gated=True) | dict(act=SCORED)
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in both.items()}
+    with pytest.raises(ValueError, match="act is 'scored'"):
+        dynk_ffn(**meta)
     bad = w.clone()
     bad[0, 0] = float("nan")
     with pytest.raises(BadWeightsError, match="w_in holds NaN"):

@@ -82,6 +82,17 @@ def test_what_fails_in_a_worker_fails_here(address):
         list(each(work, range(2)))
 
 
+def test_tensors_begin_where_pytorch_lets_them_begin(address):
+    """Sums go by whole vectors from a cache line on; from elsewhere they round differently."""
+
+    def work(x):
+        return x.data_ptr() % 64, x + 1
+
+    with on_ray(address) as each:
+        for at, y in each(work, [torch.ones(n) for n in (3, 100, 5000, 10**6)]):
+            assert (at, y.data_ptr() % 64) == (0, 0)
+
+
 def test_policies_are_the_same_wherever_they_are_tried(address):
     from skimp.runtime.cascade.calibrate import Goal, _parts, calibrate, grid
     from skimp.runtime.cascade.traces import MemberSpec, Table
