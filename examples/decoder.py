@@ -1,6 +1,6 @@
 """Convert a language model, then let it write with token trees: the same text, sooner.
 
-With `--quick` a small random model in place of SmolLM2, and seconds in place of an hour:
+With `--quick` a small random model in place of SmolLM2, and seconds in place of ten minutes:
 
     python examples/decoder.py --quick
 """
@@ -10,6 +10,8 @@ import sys
 import skimp
 import small
 import torch
+from skimp.passes.budget import Budget
+from skimp.passes.gate_route import GateRoute
 from skimp.runtime.language import perplexity, windows
 from skimp.runtime.models import load_decoder
 from transformers import AutoModelForCausalLM
@@ -20,13 +22,14 @@ BUDGET = "flops <= 0.85"
 def main(quick=False, tokens=24, folder="out/decoder"):
     if quick:
         model, data = small.decoder(), small.text()
-        sizes = dict(expert_size=4, router_width=4, passes=small.PASSES)
+        passes = [GateRoute(), Budget(BUDGET)]  # nothing is trained
         prompt = data[0]["input_ids"][3:4]
     else:
-        loaded, sizes = load_decoder(), dict(budget=BUDGET)
+        loaded, passes = load_decoder(), skimp.recipe(BUDGET, gates=True)
         model, data = loaded.model, windows(loaded.tokenizer, skimp.embedded_text()[:4000])
         prompt = loaded.tokenizer("A token tree is", return_tensors="pt")["input_ids"]
-    converted = skimp.convert(model, data, **sizes)
+    # every neuron whose gate stays nearly shut is left out; how nearly, the budget decides
+    converted = skimp.convert(model, data, passes=passes)
     skimp.save_pretrained(converted, model, folder, data[0])
     sparse = AutoModelForCausalLM.from_pretrained(folder)  # its blocks in the model's own modules
     print(f"perplexity {perplexity(model, data[-1:]):.2f}, sparse "
@@ -36,11 +39,6 @@ def main(quick=False, tokens=24, folder="out/decoder"):
     want = model.generate(prompt, max_new_tokens=tokens, do_sample=False)
     got = skimp.generate(model, prompt, max_new_tokens=tokens)
     assert torch.equal(got, want)
-    # a converted one can draft for itself: its sparse form proposes, its dense form decides
-    decoder = skimp.TreeDecoder(sparse, draft="ngram,sparse", profiling=1.0 if quick else 12.0)
-    decoder.generate(prompt, max_new_tokens=tokens)
-    report = decoder.report
-    print(f"{report.tokens} tokens in {report.steps} passes")
     print(got[0].tolist() if quick else loaded.tokenizer.decode(got[0]))
     return got
 
