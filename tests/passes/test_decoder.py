@@ -142,6 +142,9 @@ def test_gate_routed_models_are_saved_and_compiled(tmp_path):
     skimp.save_pretrained(done.model, llama(), tmp_path / "hub", batch)
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
     torch.testing.assert_close(loaded(**batch, use_cache=False).logits, want)
+    skimp.unconvert(tmp_path / "hub", tmp_path / "dense")
+    dense = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(dense(**batch).logits, llama()(**batch).logits)
     fast = torch.compile(loaded, backend="skimp")
     for rows in (1, 6):
         few = {k: v[:rows] for k, v in batch.items()}
