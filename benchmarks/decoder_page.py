@@ -56,9 +56,9 @@ def setting(result):
     """Where it was measured, and on what."""
     text = result["text"]
     return (
-        f"{result['model']}, float32, {result['threads']} threads of {result['device']}, torch\n"
-        f"{result['torch']}; perplexity is of WikiText-2 (validation), {text['tokens']:,} tokens "
-        f"in windows of\n{text['window']} without overlap."
+        f"{result['model']}, float32, {result['device']}, torch {result['torch']}.\n"
+        f"Perplexity is of WikiText-2 (validation), {text['tokens']:,} tokens in windows of "
+        f"{text['window']}\nwithout overlap."
     )
 
 
@@ -110,6 +110,7 @@ A gated network computes, for every neuron, how far it opens before anything els
 needed. The pass `gate-route` makes that the score: a neuron whose gate is smaller than tau is left
 out, so that two thirds of its weights are not read ([CATS](https://arxiv.org/abs/2404.08763)). A
 third of the network is always computed, and nothing is predicted.
+
 {setting(gate)}
 {trained(gate)}
 
@@ -121,6 +122,7 @@ third of the network is always computed, and nothing is predicted.
 
 Experts of {learned["options"]["expert_size"]} neurons, chosen by routers that predict the norm of
 what each adds; the networks keep SiLU.
+
 {setting(learned)}
 {trained(learned)}
 
