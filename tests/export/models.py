@@ -49,6 +49,22 @@ class Tiny(torch.nn.Module):
         return {"last_hidden_state": y, "mean": y.mean(1)}
 
 
+class TinyGate(torch.nn.Module):
+    """The same with a gated block, whose gate is its router."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(64, 16)
+        w_in, w_gate, w_out = torch.randn(3, 24, 16) / 4
+        sizes = dict(expert_size=1, act="silu", router_width=0, tau=0.3)
+        self.block = DynkFFN(w_in, None, w_gate, torch.randn(24), w_out, None, **sizes)
+
+    def forward(self, input_ids, attention_mask):
+        y = self.block(self.embed(input_ids)) * attention_mask.unsqueeze(-1)
+        return {"last_hidden_state": y}
+
+
 def small_llama(tau=0.3):
     """A decoder with one layer, as it leaves Python."""
     from skimp.runtime.cached import CachedStep

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 from fresh import check_fresh
-from models import SHAPES, ids, minilm, small_bert, small_llama, smollm2
+from models import SHAPES, TinyGate, ids, minilm, small_bert, small_llama, smollm2
 from skimp.runtime.cached import cached_example
 
 FILES = {"pt2": "m.pt2", "onnx": "m.onnx", "iree": "m.vmfb"}
@@ -87,6 +87,12 @@ def test_a_small_decoder(llama, door, check, tmp_path):
 def test_a_small_encoder(door, tmp_path):
     report = check_encoder(door, small_bert(), tmp_path)
     assert all(dims == [0, 1] for dims in report.free.values())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("door", FILES)
+def test_a_gate_as_the_router(door, tmp_path):
+    assert check_encoder(door, TinyGate().eval(), tmp_path).blocks == 1
 
 
 @pytest.mark.nightly
