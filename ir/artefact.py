@@ -231,9 +231,8 @@ def _fill(folder: Path, index: dict[str, Any], model: nn.Module) -> dict[str, An
         same = isinstance(block.router, Router) and block.router.up.weight.shape == (experts, width)
         if not same:
             block.router = make_router(block.d, width, experts).to(block.w_in.dtype)
-        if width:
-            block.router.predicts = str(settings.get("predicts", "norms"))
-            block.router.top = int(settings.get("top", 0))
+        block.router.predicts = str(settings.get("predicts", "norms"))
+        block.router.top = int(settings.get("top", 0))
     try:
         with torch.no_grad():
             model.load_state_dict(state)

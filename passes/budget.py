@@ -69,8 +69,7 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float] | Sequence[float]
     with torch.no_grad():
         for name, value in values.items():
             found[name].tau.fill_(value)
-            if not found[name].gate_routed:
-                found[name].router.top = 0
+            found[name].router.top = 0
 
 
 def set_top(model: nn.Module, share: float) -> None:

@@ -6,7 +6,7 @@
 A gated network is a mixture of as many experts as it has neurons, weighted by their gates: what a
 gate gives is known before anything else of its neuron is, and where that is small, the rest need
 not be computed. So tau is compared with the magnitude of the gate itself, not with its share of the
-row's largest, which at equal FLOPs costs SmolLM2 twice as much perplexity.
+row's largest.
 """
 
 from dataclasses import dataclass

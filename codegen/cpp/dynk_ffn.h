@@ -1,5 +1,6 @@
 // A feed-forward network that runs, for each row, the experts whose score is not below
-// tau * max(scores); where scores weight the experts, those of a magnitude not below tau. Weights are read where PyTorch keeps them.
+// tau * max(scores); where scores weight the experts, those of a magnitude not below tau. Weights
+// are read where PyTorch keeps them.
 //
 // Many rows: threads take blocks of rows. Within a block every expert has the list of its rows,
 // made by counting. Few rows: threads take experts; each weight is read once for all rows that

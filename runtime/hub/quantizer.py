@@ -107,9 +107,8 @@ def empty_block(spec: Mapping[str, Any], dtype: torch.dtype | None) -> DynkFFN:
         linear=bool(spec["linear"]),
     )
     block.dense = bool(spec["dense"])
-    if not block.gate_routed:
-        block.router.predicts = str(spec.get("predicts", "norms"))
-        block.router.top = int(spec.get("top", 0))
+    block.router.predicts = str(spec.get("predicts", "norms"))
+    block.router.top = int(spec.get("top", 0))
     return block.to("meta", dtype).eval()
 
 
