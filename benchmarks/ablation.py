@@ -96,21 +96,24 @@ def body(task: Task, v: Variant):
     ]
 
 
+def route(task: Task, v: Variant):
+    """The routers, which variants that differ only in what follows share too."""
+    return [Route(steps=task.route, predicts="norms" if v.norms else "activations")]
+
+
 def ending(task: Task, v: Variant):
-    """The passes from the routers on."""
+    """What follows the routers."""
     share = task.projected_share if v.projections else task.recover_share
     recover = Recover(share=share, steps=task.recover, jitter=0.5, even=v.even)
-    return [
-        Route(steps=task.route, predicts="norms" if v.norms else "activations"),
-        *([recover] if v.recover else []),
-    ]
+    return [recover] if v.recover else []
 
 
 @torch.no_grad()
-def measure(gm, data):
+def measure(gm, data, count_zeros):
     """Accuracy, and the experts of each real row by block: their mean, and the standard deviation.
 
-    Also the share of hidden activations that are exactly zero, of feed-forward networks alone.
+    If asked for, also the share of hidden activations that are exactly zero, of feed-forward
+    networks alone: that takes as long as the networks.
     """
     total = {n: [0, 0.0, 0.0] for n in blocks(gm)}
     zeros, count, right, seen = 0.0, 0, 0, 0
@@ -120,7 +123,7 @@ def measure(gm, data):
         k = block.selected(x).sum(-1).double()
         sums = total[name]
         sums[0], sums[1], sums[2] = sums[0] + len(k), sums[1] + k.sum(), sums[2] + (k * k).sum()
-        if not block.linear:
+        if count_zeros and not block.linear:
             zeros += float((block.hidden(x) == 0).float().mean()) * len(x)
             count += len(x)
 
@@ -129,7 +132,7 @@ def measure(gm, data):
         seen += len(batch["labels"])
     mean = {n: float(s / c) for n, (c, s, _) in total.items()}
     std = {n: max(0.0, float(q / c) - mean[n] ** 2) ** 0.5 for n, (c, _, q) in total.items()}
-    return right / seen, mean, std, zeros / max(count, 1)
+    return right / seen, mean, std, zeros / count if count else None
 
 
 def curve(task, v, gm, context, data, say):
@@ -145,7 +148,7 @@ def curve(task, v, gm, context, data, say):
             set_top(gm, share)
         else:
             set_tau(gm, tau)
-        score, mean, std, zeros = measure(gm, data.test)
+        score, mean, std, zeros = measure(gm, data.test, share >= 1)
         flops = whole_model_flops(context.teacher, gm, typical, mean)
         point = {
             "share": share,
@@ -199,13 +202,16 @@ def one(task, v, seed, data, model, folder, say):
     )
     identity = fingerprint(teacher, [*data.train, *data.held], str(seed))
     gm, history = run(body(task, v), student, context, folder=folder / v.base, identity=identity)
+    routed = folder / f"{v.base}-{'norms' if v.norms else 'activations'}"
+    gm, found = run(route(task, v), gm, context, folder=routed, identity=identity)
     gm, ended = run(ending(task, v), gm, context)
+    history = [*history, *found, *ended]
     points = curve(task, v, gm, context, data, say)
     return {
         "points": points,
         "seconds": time.monotonic() - start,
-        "history": [{"pass": h["pass"], "seconds": h["seconds"]} for h in (*history, *ended)],
-        "unexplained": ended[0]["stats"]["unexplained variance"],
+        "history": [{"pass": h["pass"], "seconds": h["seconds"]} for h in history],
+        "unexplained": found[0]["stats"]["unexplained variance"],
     }
 
 
@@ -229,7 +235,7 @@ def run_task(task, args):
         folder = args.folder / task.name / str(seed)
         data, model, score = None, None, None
         for v in VARIANTS:
-            plan = f"{spec(body(task, v))} | {spec(ending(task, v))}"
+            plan = spec([*body(task, v), *route(task, v), *ending(task, v)])
             plan += f" @ {task.shares}, {task.expert_size}, {task.router_width}, {task.epochs}"
             path = folder / f"{v.name}.json"
             found = next((r for r in known if r["variant"] == v.name and r["seed"] == seed), {})
