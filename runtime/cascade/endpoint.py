@@ -1,7 +1,6 @@
 """A member behind an OpenAI-compatible URL."""
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
@@ -10,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from .member import Chunk, Kind, MemberError, Reply, to_json
+from .wire import loads
 
 MOST_BYTES = 32 << 20
 """Of one reply; a member that sends more is cut off."""
@@ -138,8 +138,8 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
+        body = loads(raw)
+    except ValueError:
         raise MemberError("malformed", "the reply is not JSON") from None
     choices = body.get("choices") if isinstance(body, dict) else None
     if (
@@ -153,8 +153,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 def _chunk(raw: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError):
+        data = loads(raw)
+    except ValueError:
         raise MemberError("malformed", "a chunk is not JSON") from None
     if not isinstance(data, dict):
         raise MemberError("malformed", "a chunk is not an object")
@@ -168,8 +168,8 @@ def _refused(response: aiohttp.ClientResponse, raw: bytes) -> MemberError:
     if status < 400:  # a redirect, say: no error that a caller could do anything about
         return MemberError("malformed", f"the member answered {status}")
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
+        body = loads(raw)
+    except ValueError:
         body = None
     try:
         wait = float(response.headers.get("retry-after", ""))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...ir.errors import CalibrationError
+from .wire import loads
 
 Extractor = Callable[[str], str | None]
 
@@ -158,8 +159,8 @@ def _call(call: Any) -> Any:
         return call
     arguments = function.get("arguments")
     try:
-        return [function.get("name"), json.loads(arguments or "{}")]
-    except (ValueError, TypeError, RecursionError):
+        return [function.get("name"), loads(arguments or "{}")]
+    except (ValueError, TypeError, AttributeError):
         return [function.get("name"), arguments]
 
 

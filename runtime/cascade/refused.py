@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse
 
 from .member import MOST_TOKENS, Kind
 from .trip import UnavailableError
+from .wire import loads
 
 log = logging.getLogger("skimp.serve")
 MOST_SAMPLES = 128
-MOST_DEPTH = 100
 
 
 class Refused(Exception):
@@ -54,13 +54,11 @@ def parse(raw: bytes) -> dict[str, Any]:
         Refused: It is no JSON object, or one that no member could be sent.
     """
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON", "bad_json") from None
+        body = loads(raw, _no_constant)
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {error}", "bad_json") from None
     if not isinstance(body, dict):
         raise Refused(400, "the body is not a JSON object", "bad_json")
-    if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH and _deep(body):
-        raise Refused(400, f"the body is nested more than {MOST_DEPTH} deep", "bad_json")
     return body
 
 
@@ -124,17 +122,4 @@ def where(error: BaseException) -> str:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-def _deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MOST_DEPTH):
-        inner: list[Any] = []
-        for item in level:
-            held = item.values() if isinstance(item, dict) else item
-            inner += [v for v in held if isinstance(v, dict | list)]
-        if not inner:
-            return False
-        level = inner
-    return True
+    raise ValueError(f"{name} is not in JSON")

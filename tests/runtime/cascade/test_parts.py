@@ -5,8 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from skimp.cli import app
 from skimp.ir.errors import CalibrationError
+from skimp.runtime.cascade import wire
 from skimp.runtime.cascade.drift import ExceedanceMonitor, ExchangeabilityMonitor
 from skimp.runtime.cascade.extract import answer_of, canonical, extractor, vote
 from typer.testing import CliRunner
@@ -58,6 +61,28 @@ def test_votes():
 
 def test_a_deep_json_answer_does_not_break_the_extractor():
     assert extractor("json:a")("{" * 3000 + '"a"') is None
+
+
+@pytest.mark.parametrize("kind", ["[]", "{}"])
+def test_json_of_a_stranger_is_as_deep_as_is_allowed_and_no_deeper(kind):
+    fits = {"[]": "[" * 100 + "]" * 100, "{}": '{"a":' * 99 + "{}" + "}" * 99}[kind]
+    wider = f"[{fits}, 1]" if kind == "[]" else f'{{"b": {fits}}}'
+    assert wire.loads(fits) is not None
+    for text in (wider, wider.encode(), kind[0] * 100_000, kind * 5 + "]" * 200, '"' + "[" * 200):
+        with pytest.raises(ValueError, match=r"deep|Extra data|Unterminated"):
+            wire.loads(text)
+    for open_string in ('"' + '\\"[' * 500_000, '"' + '\\"[' * 500_000 + "\\"):
+        with pytest.raises(ValueError, match="Unterminated"):  # in time that grows with its length
+            wire.loads(open_string)
+    beside = "[" + ", ".join([f'{{"a\\"[": "{"[" * 300}"}}'] * 300) + "]"
+    assert len(wire.loads(beside)) == 300  # brackets in text count for nothing
+    assert wire.loads(b'\xef\xbb\xbf["\\ud83d"]') == ["\ud83d"]
+
+
+@given(st.recursive(st.none() | st.text() | st.floats(allow_nan=False), st.lists, max_leaves=300))
+def test_json_of_a_stranger_is_what_python_reads(value):
+    text = json.dumps(value)
+    assert wire.loads(text) == wire.loads(text.encode()) == json.loads(text)
 
 
 def test_exceedance_alarms_seldom_when_the_promise_holds_and_soon_when_not():
