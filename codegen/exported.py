@@ -30,6 +30,7 @@ class Program:
         example: The tensors it was captured with.
         expected: What the model made of them, in order.
         taus: The name in ``program`` of each block's threshold, by block.
+        gates: The blocks whose gate is their router.
         free: Which dimensions of each input are.
         coverage: Share of the dense model's FLOPs (of linear layers) in converted blocks.
         tied: Blocks in which a score of the example ties with its limit.
@@ -41,6 +42,7 @@ class Program:
     example: tuple[Tensor, ...]
     expected: tuple[Tensor, ...]
     taus: dict[str, str]
+    gates: tuple[str, ...]
     free: dict[str, list[int]]
     coverage: float
     tied: tuple[str, ...]
@@ -51,6 +53,7 @@ class Program:
             "inputs": list(self.inputs),
             "outputs": list(self.outputs),
             "taus": self.taus,
+            "gates": list(self.gates),
             "free": self.free,
         }
 
@@ -186,7 +189,10 @@ def capture(
         for name, v in zip(plain.names, values, strict=True)
     }
     taus = {name: f"model.{name}.tau" for name in blocks(model)}
-    return Program(program, plain.names, outputs, plain.example, expected, taus, free, share, tied)
+    gates = tuple(name for name, block in blocks(model).items() if block.gate_routed)
+    return Program(
+        program, plain.names, outputs, plain.example, expected, taus, gates, free, share, tied
+    )
 
 
 def coverage(model: nn.Module) -> float:

@@ -1,9 +1,10 @@
 """What loaded artefacts have in common: names, a knob, and an archive that holds its own index."""
 
 import json
+import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ class Loaded:
     Attributes:
         inputs, outputs: Names, in order.
         taus: The name in the artefact of each block's threshold, by block.
+        gates: The blocks whose gate is their router.
     """
 
     inputs: list[str]
     outputs: list[str]
     taus: dict[str, str]
+    gates: Collection[str] = ()
 
     def run(self, named: Mapping[str, Tensor]) -> list[Tensor]:
         """From inputs by name, of which it may not need all, to the outputs, in order."""
@@ -46,15 +49,18 @@ class Loaded:
     def set_tau(self, tau: float | Mapping[str, float]) -> None:
         """Turn the knob: one threshold in ``[0, 1]``, or one per block by name.
 
+        Of a block whose gate is its router, any that is not negative.
+
         Raises:
-            ValueError: A threshold outside ``[0, 1]``, or an unknown block.
+            ValueError: A threshold out of range, or an unknown block.
         """
         values = dict(tau) if isinstance(tau, Mapping) else dict.fromkeys(self.taus, float(tau))
         for name, value in values.items():
             if name not in self.taus:
                 raise ValueError(f"no block is named {name!r}; there are {', '.join(self.taus)}")
-            if not 0 <= value <= 1:
-                raise ValueError(f"tau {value} of {name} is outside [0, 1]")
+            most = math.inf if name in self.gates else 1
+            if not 0 <= value <= most:
+                raise ValueError(f"tau {value} of {name} is outside [0, {most}]")
         self.turn({self.taus[n]: torch.tensor(float(v)) for n, v in values.items()})
 
 

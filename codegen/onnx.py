@@ -11,7 +11,7 @@ operator's name; biases that a block lacks are zeros. Thresholds are inputs with
 import glob
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +189,10 @@ def to_model(captured: Program, opset: int = OPSET) -> Any:
         ) from error
     assert made is not None
     model = made.model_proto
-    return with_functions(model, captured.taus, used)
+    return with_functions(model, captured, used)
 
 
-def with_functions(model: Any, taus: Mapping[str, str], used: set[tuple[str, bool]]) -> Any:
+def with_functions(model: Any, captured: Program, used: set[tuple[str, bool]]) -> Any:
     """Add the bodies of operators, and make thresholds inputs."""
     from onnx import TensorProto, helper
 
@@ -202,7 +202,7 @@ def with_functions(model: Any, taus: Mapping[str, str], used: set[tuple[str, boo
     if not any(o.domain == DOMAIN for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     held = {t.name: t for t in model.graph.initializer}
-    for name in taus.values():
+    for name in captured.taus.values():
         if name not in held:
             raise ExportError(f"the exporter lost the threshold {name}")
         model.graph.input.append(
@@ -211,7 +211,8 @@ def with_functions(model: Any, taus: Mapping[str, str], used: set[tuple[str, boo
     helper.set_model_props(
         model,
         {
-            "skimp.taus": json.dumps(dict(taus)),
+            "skimp.taus": json.dumps(captured.taus),
+            "skimp.gates": json.dumps(captured.gates),
             "skimp.torch": torch.__version__,
             "skimp.sha256": digest(model),
         },

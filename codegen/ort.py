@@ -128,6 +128,7 @@ class Session(Loaded):
             ) from error
         held = {p.key: p.value for p in model.metadata_props}
         self.taus = json.loads(held["skimp.taus"])
+        self.gates = json.loads(held.get("skimp.gates", "[]"))
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
         self._given: dict[str, Any] = {}

@@ -28,8 +28,8 @@ def export_and_check(door, model, example, shapes, cases, tmp_path, causal=False
     return report
 
 
-def check_encoder(door, model, tmp_path):
-    cases = [(0.3, ids(*shape)) for shape in SHAPES] + [(0.0, ids(2, 5)), (0.8, ids(2, 5))]
+def check_encoder(door, model, tmp_path, taus=(0.0, 0.8)):
+    cases = [(0.3, ids(*shape)) for shape in SHAPES] + [(tau, ids(2, 5)) for tau in taus]
     return export_and_check(door, model, ids(), None, cases, tmp_path)
 
 
@@ -89,10 +89,19 @@ def test_a_small_encoder(door, tmp_path):
     assert all(dims == [0, 1] for dims in report.free.values())
 
 
+def check_gate(door, tmp_path):
+    """Also at thresholds that no learned router could have."""
+    assert check_encoder(door, TinyGate().eval(), tmp_path, (0.0, 1.5, 1e4)).blocks == 1
+
+
+def test_a_gate_as_the_router_in_onnx(tmp_path):
+    check_gate("onnx", tmp_path)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("door", FILES)
 def test_a_gate_as_the_router(door, tmp_path):
-    assert check_encoder(door, TinyGate().eval(), tmp_path).blocks == 1
+    check_gate(door, tmp_path)
 
 
 @pytest.mark.nightly
