@@ -100,6 +100,7 @@ def train(
         from sb3_contrib import MaskablePPO
         from stable_baselines3 import PPO
         from stable_baselines3.common.callbacks import BaseCallback
+        from stable_baselines3.common.logger import Logger
         from stable_baselines3.common.vec_env import DummyVecEnv
 
         from .router_env import RouterEnv
@@ -139,6 +140,7 @@ def train(
             device="cpu",
             policy_kwargs={"net_arch": [how.width, how.width]},
         )
+        model.set_logger(Logger(None, []))  # its own makes a folder of logs under /tmp
         model.learn(how.steps, callback=Told())
     finally:
         torch.set_num_threads(threads)
