@@ -10,13 +10,14 @@ from skimp.codegen.triton.launch import run
 from skimp.codegen.triton.spec import TritonSpec, scores_fit
 from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import dynk_ffn, reference
+from skimp.ir.op import SCORED
 from skimp.runtime.backend import skimp
 from torch.nn import functional as F
 
 CASES = [  # d, d_ff, expert size, gated, bias, d_out
     (768, 3072, 128, False, True, 768), (576, 1536, 8, True, False, 576),
     (130, 330, 5, False, True, 70), (64, 192, 64, True, True, 80), (40, 96, 96, False, False, 40),
-    (256, 2048, 2, True, True, 256),
+    (256, 2048, 2, True, True, 256), (576, 1536, 1, False, True, 70),
 ]  # fmt: skip
 
 
@@ -28,11 +29,14 @@ def check(case):
     for name in ("float32", "bfloat16", "float16"):
         dtype = getattr(torch, name)
         w = block(d, d_ff, e, gated, dtype, bias=bias, d_out=d_out)
+        w = (*w[:-1], SCORED if e == 1 else w[-1])
         for rows in (1, 3, 16, 17, 200, 4133):
             g = torch.Generator("cuda").manual_seed(rows)
             x = torch.randn(rows, d, generator=g, device="cuda").to(dtype)
             scores = torch.rand(rows, d_ff // e, generator=g, device="cuda").to(dtype)
-            scores[0] = 0  # no evidence: everything runs
+            if e == 1:
+                scores = 2 * scores - 1
+            scores[0] = 0  # no evidence: everything runs, or, weighted by it, nothing
             if rows > 16:
                 scores[1] = float("nan")
                 scores[2:40] = 0

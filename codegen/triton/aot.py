@@ -10,6 +10,7 @@ from typing import Any
 
 from ...ir.block import DynkFFN
 from ...ir.errors import CompileError
+from ...ir.op import SCORED
 from ..spec import constants_of
 from .emit import emit, emit_grads
 from .load import interpreting, load
@@ -116,15 +117,11 @@ class Compiled:
 
 
 def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
-    """The spec of a block of a converted model, with its weights stored as ``dtype``.
-
-    Raises:
-        CompileError: Its gate is its router, for which there is no kernel.
-    """
-    if block.gate_routed:
-        raise CompileError("a block whose gate is its router has no kernel on GPUs yet")
-    weights = (block.w_in, block.b_in, block.w_gate, block.b_gate, block.w_out, block.b_out)
-    return TritonSpec(**constants_of(weights, block.expert_size, block.act, dtype))
+    """The spec of a block of a converted model, with its weights stored as ``dtype``."""
+    gate = (None, None) if block.gate_routed else (block.w_gate, block.b_gate)
+    weights = (block.w_in, block.b_in, *gate, block.w_out, block.b_out)
+    act = SCORED if block.gate_routed else block.act
+    return TritonSpec(**constants_of(weights, block.expert_size, act, dtype))
 
 
 def kernels(spec: TritonSpec, target: str = "sm_90", width: int = WIDTH) -> list[Kernel]:
@@ -166,12 +163,18 @@ def kernels(spec: TritonSpec, target: str = "sm_90", width: int = WIDTH) -> list
             add("score", dict(**routed, sums=f32, scores=own, **selected, rows="i32"), sizes, tiles,
                 f"score-{rows}-router-{width}")  # fmt: skip
         tiles = default("few", rows)
-        for by_router in (False, True):
+        for by_router in (False,) if spec.scored else (False, True):
             chosen = selected if by_router else dict.fromkeys(selected, own)  # not read
             add("few", dict(x=own, **scored, **chosen, **first, w_out=own, b_out=own, sums=f32,
                             y=own, rows="i32"),
                 few_constants(tiles, rows == 1, by_router), tiles,
                 f"few-{rows}" + "-listed" * by_router)  # fmt: skip
+    if spec.scored:
+        tiles = default("masked")
+        add("weighted", dict(up=own, **scored, rows="i32"),
+            {"BM": tiles.rows, "BH": tiles.neurons}, tiles)  # fmt: skip
+        add("finish", dict(sums=f32, b_out=own, y=own, n="i32"), {"BN": 1024}, None)
+        return found
     block = selection_rows(spec, "masked")
     add("thresholds", dict(**scored, limits=f32, rows="i32"), {"BR": block}, None)
     tiles = default("masked")

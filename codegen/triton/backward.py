@@ -27,8 +27,9 @@ def differentiate(
     assert scores is not None
     if wanted[0] and torch.are_deterministic_algorithms_enabled():
         return None
-    if not isinstance(prepare(x, scores, tuple(weights), expert_size, act), TritonSpec):
-        return None  # forward warned of it
+    spec = prepare(x, scores, tuple(weights), expert_size, act)
+    if not isinstance(spec, TritonSpec) or spec.scored:
+        return None  # forward warned of it; where scores weight experts, they have a gradient too
     return list(dynk_ffn_backward(grad, x, scores, tau, *weights, expert_size, act, wanted))
 
 

@@ -4,7 +4,7 @@ import re
 import textwrap
 
 from .grads import GRADS, SLOPES
-from .many import BLOCKS, LISTS, PAIRS
+from .many import BLOCKS, FINISH, LISTS, PAIRS, WEIGHTED
 from .routing import ROUTE, SCORE
 from .spec import TritonSpec, padded
 
@@ -21,12 +21,16 @@ _ACTS = {
     "relu2": "return tl.where(v < 0, 0.0, v * v)",
 }
 
-_HEAD = '''
+_IMPORTS = '''
 """$name: d = $D, d_ff = $FF, d_out = $O, $E experts of $S. Generated; do not edit."""
 
 import triton
 import triton.language as tl
+'''
 
+_HEAD = (
+    _IMPORTS
+    + '''
 
 @triton.jit
 def activate(v):
@@ -41,6 +45,7 @@ def limit_of(s, real, tau):
     odd = tl.max((real & (wide != wide)).to(tl.int32), 1)
     return tl.where(odd > 0, float("nan"), tau * most)  # nothing is below NaN: every expert runs
 '''
+)
 
 _FEW = '''
 @triton.jit(do_not_specialize=["rows"])
@@ -64,13 +69,16 @@ def few(x, scores, tau, limits, active, total, w_in, b_in, w_gate, b_gate, w_out
         held = slot < $FF
         expert = slot // $S
         neuron = slot
-        every = tl.arange(0, $EP)
-        real = (row < rows)[:, None] & (every < $E)[None, :]
-        s = tl.load(scores + row[:, None] * $E + every[None, :], mask=real, other=0.0)
-        limit = limit_of(s, (every < $E)[None, :], tl.load(tau).to(tl.float32))
+        every = tl.arange(0, $EP)  # ? ranked
+        real = (row < rows)[:, None] & (every < $E)[None, :]  # ? ranked
+        s = tl.load(scores + row[:, None] * $E + every[None, :], mask=real, other=0.0)  # ? ranked
+        limit = limit_of(s, (every < $E)[None, :], tl.load(tau).to(tl.float32))  # ? ranked
+        limit = tl.zeros([RP], tl.float32) + tl.load(tau).to(tl.float32)  # ? scored
     valid = (row < rows)[:, None] & held[None, :]
     mine = tl.load(scores + row[:, None] * $E + expert[None, :], mask=valid, other=0.0)
-    runs = valid & ((mine.to(tl.float32) < limit[:, None]) == 0)
+    runs = valid & ((mine.to(tl.float32) < limit[:, None]) == 0)  # ? ranked
+    weight = mine.to(tl.float32)  # ? scored
+    runs = valid & ((tl.abs(weight) < limit[:, None]) == 0)  # ? scored
     need = tl.max(runs.to(tl.int32), 0) > 0
     if tl.max(need.to(tl.int32), 0) > 0:
         at = neuron.to(tl.int64)
@@ -95,6 +103,7 @@ def few(x, scores, tau, limits, active, total, w_in, b_in, w_gate, b_gate, w_out
         gate += tl.load(b_gate + neuron, mask=need, other=0.0).to(tl.float32)[None, :]  # ? b_gate
         h = activate(gate) * up  # ? gated
         h = activate(up)  # ? plain
+        h = up * weight  # ? scored
         h = tl.where(runs, h, 0.0)
         for c in range(0, $O, BO):
             column = c + tl.arange(0, BO)
@@ -120,6 +129,8 @@ def few(x, scores, tau, limits, active, total, w_in, b_in, w_gate, b_gate, w_out
 
 def emit(spec: TritonSpec) -> str:
     """The complete module of one block: a selection, and every way of running what it selects."""
+    if spec.scored:  # a comparison selects, and experts are too small for tiles of their own
+        return _text(spec, [_IMPORTS, _FEW, WEIGHTED, FINISH])
     return _text(spec, [_HEAD, SCORE, _FEW, BLOCKS, ROUTE, LISTS, PAIRS])
 
 
@@ -139,12 +150,15 @@ def _text(spec: TritonSpec, parts: list[str]) -> str:
         "EP16": padded(spec.experts),
         "S": spec.expert_size,
         "precision": f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
-        "act": textwrap.indent(_ACTS[spec.act], "    ").lstrip(),
-        "slope": textwrap.indent(SLOPES[spec.act], "    ").lstrip(),
     }
+    if not spec.scored:
+        values["act"] = textwrap.indent(_ACTS[spec.act], "    ").lstrip()
+        values["slope"] = textwrap.indent(SLOPES[spec.act], "    ").lstrip()
     flags = {
         "gated": spec.gated,
-        "plain": not spec.gated,
+        "plain": not spec.gated and not spec.scored,
+        "scored": spec.scored,
+        "ranked": not spec.scored,
         "b_in": spec.b_in,
         "b_gate": spec.b_gate,
         "b_out": spec.b_out,

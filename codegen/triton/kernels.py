@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import CompileError
-from ...ir.op import SCORED, reference, use_cuda_kernel
+from ...ir.op import reference, use_cuda_kernel
 from ..spec import Weights, constants_of, shapes_fit
 from .launch import extent, is_served, module_of, run
 from .load import interpreting
@@ -146,8 +146,6 @@ def _prepare(
         return "tensors on several devices"
     if x.device.type != "cuda" and not interpreting():
         return f"kernels for GPUs cannot run on {x.device.type}"
-    if act == SCORED:
-        return "experts weighted by their scores, for which there is no kernel on GPUs"
     if w_in.dim() != 2 or w_out.dim() != 2:
         return "weights that are not matrices"
     fits = shapes_fit(x, scores, weights, expert_size)

@@ -254,10 +254,13 @@ class Launch:
         return limits
 
     def masked(self, up: Tensor, gate: Tensor, scores: Tensor, tau: Tensor, rows: int) -> None:
-        """Activate ``up`` in place, zero where an expert rests."""
-        limits = self.thresholds(scores, tau, rows)
+        """Activate ``up`` in place, or weight it by the scores, zero where an expert rests."""
         sizes = dict(BM=self.tiles.rows, BH=self.tiles.neurons)
         grid = cdiv(rows, self.tiles.rows) * cdiv(self.spec.d_ff, self.tiles.neurons)
+        if self.spec.scored:
+            self.kernel("weighted")[(grid,)](up, scores, tau, rows, **sizes, **self.options)
+            return
+        limits = self.thresholds(scores, tau, rows)
         self.kernel("masked")[(grid,)](up, gate, scores, limits, rows, **sizes, **self.options)
 
     def blocks(

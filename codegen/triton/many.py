@@ -153,7 +153,7 @@ def lists_hidden(x, lists, counts, tiles, total, w_in, b_in, w_gate, b_gate, h, 
             tl.store(out, value.to(h.dtype.element_ty), mask=live[:, None] & inside[None, :])
 '''
 
-PAIRS = f'''
+_PAIRS = f'''
 @triton.jit
 def pairs(x, lists, counts, tiles, total, w_in, b_in, w_gate, b_gate, w_out, sums,
           SPAN: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
@@ -169,8 +169,9 @@ def pairs(x, lists, counts, tiles, total, w_in, b_in, w_gate, b_gate, w_out, sum
                 part = tl.dot(value, w$precision)
                 tl.atomic_add(sums + row.to(tl.int64)[:, None] * $O + column[None, :], part,
                               mask=live[:, None] & (column < $O)[None, :], sem="relaxed")
+'''
 
-
+FINISH = '''
 @triton.jit(do_not_specialize=["n"])
 def finish(sums, b_out, y, n, BN: tl.constexpr):
     """y [rows, $O] = sums + b_out, in the dtype of y."""
@@ -178,4 +179,22 @@ def finish(sums, b_out, y, n, BN: tl.constexpr):
     v = tl.load(sums + at, mask=at < n, other=0.0)
     v += tl.load(b_out + at % $O, mask=at < n, other=0.0).to(tl.float32)  # ? b_out
     tl.store(y + at, v.to(y.dtype.element_ty), mask=at < n)
+'''
+
+PAIRS = f"{_PAIRS}\n{FINISH}"
+
+WEIGHTED = '''
+@triton.jit(do_not_specialize=["rows"])
+def weighted(up, scores, tau, rows, BM: tl.constexpr, BH: tl.constexpr):
+    """up [rows, $FF] becomes weighted by the scores [rows, $E], zero where an expert rests."""
+    across = tl.cdiv($FF, BH)
+    row = tl.program_id(0) // across * BM + tl.arange(0, BM)
+    neuron = tl.program_id(0) % across * BH + tl.arange(0, BH)
+    inside = (neuron < $FF)[None, :] & (row < rows)[:, None]
+    score = scores + row.to(tl.int64)[:, None] * $E + (neuron // $S)[None, :]
+    weight = tl.load(score, mask=inside, other=0.0).to(tl.float32)
+    runs = inside & ((tl.abs(weight) < tl.load(tau).to(tl.float32)) == 0)
+    at = row.to(tl.int64)[:, None] * $FF + neuron[None, :]
+    v = tl.load(up + at, mask=runs, other=0.0).to(tl.float32) * weight
+    tl.store(up + at, tl.where(runs, v, 0.0).to(up.dtype.element_ty), mask=inside)
 '''

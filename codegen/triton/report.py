@@ -134,8 +134,8 @@ def work(compiled: Compiled, rows: int, share: float) -> Work:
         entries = -(-rows // SPAN) * e
         size = entries * 4 * (1 + share * c["PER"])
         return Work(0, size, 0, size)
-    if function == "masked":
-        each = (gates * share + 1) * i
+    if function in ("masked", "weighted"):
+        each = (gates * share + 1) * i + (e / ff * i if spec.scored else 0)
         return Work(0, m * n * each, 0, rows * ff * each)
     if function == "finish":
         return Work(0, c["BN"] * (4 + i), 0, rows * o * (4 + i))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ...ir.op import SCORED
 from ..spec import BlockSpec
 
 FEW_ROWS = 16
@@ -29,6 +30,11 @@ class TritonSpec(BlockSpec):
     def experts(self) -> int:
         """Number of experts, E."""
         return self.d_ff // self.expert_size
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores weight experts, and tau is compared with their magnitude."""
+        return self.act == SCORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ def choose(spec: TritonSpec, rows: int, *, deterministic: bool = False) -> str:
     if rows <= FEW_ROWS and not deterministic:
         return "few"
     # A list of rows pays where it fills tiles, and an expert where it fills a tensor core.
-    if spec.expert_size < 64 or rows * spec.experts < 1 << 15:
+    if spec.scored or spec.expert_size < 64 or rows * spec.experts < 1 << 15:
         return "masked"
     if spec.dtype != "float32":
         return "lists"
@@ -168,8 +174,11 @@ def score_route_tiles(spec: TritonSpec, width: int) -> Tiles:
 def scores_fit(spec: TritonSpec, plan: str, width: int) -> bool:
     """Whether the kernels of a plan can take a router over; what is larger would spill.
 
-    So would IEEE products of that many rows, which PyTorch's outrun anyway.
+    So would IEEE products of that many rows, which PyTorch's outrun anyway. Scores that weight
+    experts are no router's.
     """
+    if spec.scored:
+        return False
     if plan == "few":
         return spec.experts <= 1024
     ieee = spec.dtype == "float32" and spec.precision == "ieee"

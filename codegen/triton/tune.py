@@ -12,7 +12,8 @@ from .spec import FEW_ROWS, Family, Tiles, TritonSpec, candidates, shape_class
 
 def plans(spec: TritonSpec, rows: int) -> list[str]:
     """The plans that can serve so many rows."""
-    return ["few", "masked"] if rows <= FEW_ROWS else ["masked", "lists", "pairs", "blocks"]
+    found = ["few", "masked"] if rows <= FEW_ROWS else ["masked", "lists", "pairs", "blocks"]
+    return [plan for plan in found if plan in ("few", "masked") or not spec.scored]
 
 
 def options(spec: TritonSpec, rows: int, family: Family = "hopper") -> Iterator[tuple[str, Tiles]]:

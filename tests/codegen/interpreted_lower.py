@@ -69,6 +69,12 @@ def make(rows, seed=0):
             r(E * SIZE, D), r(D), SIZE, "relu")  # fmt: skip
 
 
+def make_scored(rows, seed=0):
+    x, scores, tau, w_in, *others = make(rows, seed)
+    scores = torch.randn(rows, E * SIZE, generator=torch.Generator().manual_seed(seed))
+    return (x, scores, tau, w_in, *others[:-2], 1, "scored")
+
+
 def forced(plan):
     return patch.object(kernels, "choose", lambda spec, rows, deterministic: plan)
 
@@ -100,6 +106,17 @@ def test_opcheck(rows, plan, layout):
         for checked, args in ((op, make(rows)), (routed_op, make_routed(rows))):
             args = [layout(t) if isinstance(t, torch.Tensor) and t.dim() else t for t in args]
             torch.library.opcheck(checked.default, args)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_a_gate_as_the_router(rows):
+    torch._dynamo.reset()
+    fast = torch.compile(lambda *a: op(*a) * 2, backend="aot_eager", fullgraph=True)
+    args = make_scored(rows)
+    assert torch.allclose(fast(*args), reference(*args) * 2, atol=1e-4)
+    if rows <= 16:
+        torch.library.opcheck(op.default, args)
 
 
 @torch.no_grad()

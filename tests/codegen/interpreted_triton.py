@@ -13,7 +13,7 @@ from skimp.codegen.triton.launch import Launch, run
 from skimp.codegen.triton.spec import TritonSpec, default_tiles
 from skimp.codegen.triton.tune import plans, tune
 from skimp.ir import reference
-from skimp.ir.op import reference_backward, select
+from skimp.ir.op import SCORED, reference_backward, select
 from triton.runtime import interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
@@ -28,6 +28,8 @@ CASES = [
     (24, 48, 24, 48, False, False, "identity"),  # one expert
     (16, 24, 40, 3, True, True, "gelu_quick"),
     (16, 24, 24, 8, False, True, "relu2"),
+    (40, 30, 104, 1, False, True, "scored"),
+    (13, 30, 13, 5, False, False, "scored"),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -82,6 +84,8 @@ def make(case, rows, dtype=torch.float32, seed=0, share=0.5):
 
     scores = torch.rand(rows, d_ff // e, generator=g)
     scores = torch.where(scores < share, scores * 0.1, scores).to(dtype)
+    if act == SCORED:
+        scores = (scores * torch.randn(scores.shape, generator=g)).to(dtype)
     return [
         r(rows, d), scores, torch.tensor(0.3), r(d_ff, d, scale=d**-0.5),
         r(d_ff) if bias else None, r(d_ff, d, scale=d**-0.5) if gated else None,
@@ -90,7 +94,7 @@ def make(case, rows, dtype=torch.float32, seed=0, share=0.5):
     ]  # fmt: skip
 
 
-def check(args, only=None):
+def check(args):
     x, scores = args[:2]
     spec = K._prepare(x, scores, tuple(args[3:9]), args[9], args[10], "ieee")
     assert isinstance(spec, TritonSpec), spec
@@ -99,7 +103,8 @@ def check(args, only=None):
     want = reference(*double)
     ok = want.isfinite()
     rows = x.shape[0]
-    for plan in only or {*plans(spec, rows), "pairs", "lists", "blocks"}:
+    any_rows = () if spec.scored else ("pairs", "lists", "blocks")
+    for plan in {*plans(spec, rows), *any_rows}:
         got = run(spec, plan, *args[:9])
         assert got.dtype == x.dtype
         assert torch.equal(got.isnan(), want.isnan()), plan
@@ -107,8 +112,14 @@ def check(args, only=None):
         assert error <= TOLERANCE[x.dtype], (plan, float(error))
 
 
-# every case in float32, three of them in the others, which differ in where they round
-PAIRS = [(c, d) for d in TOLERANCE for i, c in enumerate(CASES) if i < 3 or d == torch.float32]
+# every case in float32, some of them in the others, which differ in where they round
+PAIRS = [
+    (c, d)
+    for d in TOLERANCE
+    for i, c in enumerate(CASES)
+    if i < 3 or c[-1] == SCORED or d == torch.float32
+]
+LEARNED = [(c, d) for c, d in PAIRS if c[-1] != SCORED]
 
 
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
@@ -123,10 +134,10 @@ def test_against_the_reference(case, dtype):
     d=st.integers(1, 40), experts=st.integers(1, 9), size=st.sampled_from([1, 2, 3, 8, 16, 20]),
     d_out=st.integers(1, 40), gated=st.booleans(), bias=st.booleans(), rows=st.integers(1, 70),
     tau=st.sampled_from([0.0, 0.1, 0.5, 1.0]), share=st.floats(0, 1), seed=st.integers(0, 99),
-    dtype=st.sampled_from(list(TOLERANCE)),
+    dtype=st.sampled_from(list(TOLERANCE)), act=st.sampled_from(["relu", SCORED]),
 )  # fmt: skip
-def test_any_shape(d, experts, size, d_out, gated, bias, rows, tau, share, seed, dtype):
-    case = (d, experts * size, d_out, size, gated, bias, "silu" if gated else "relu")
+def test_any_shape(d, experts, size, d_out, gated, bias, rows, tau, share, seed, dtype, act):
+    case = (d, experts * size, d_out, size, gated, bias, "silu" if gated else act)
     args = make(case, rows, dtype, seed=seed, share=share)
     args[2] = torch.tensor(tau)
     check(args)
@@ -143,8 +154,9 @@ def test_all_to_one_and_empty_experts(rows):
 @pytest.mark.parametrize("rows", [3, 30])
 @pytest.mark.parametrize("what", [0, 1, "zero scores"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite(rows, what, value):
-    args = make(CASES[2], rows)
+@pytest.mark.parametrize("case", [CASES[2], CASES[-2]])
+def test_values_that_are_not_finite(rows, what, value, case):
+    args = make(case, rows)
     if what == "zero scores":
         args[1][1] = 0
     else:
@@ -297,7 +309,7 @@ def check_gradients(args):
         assert worst <= 3 * TOLERANCE[a.dtype], float(worst)
 
 
-@pytest.mark.parametrize(("case", "dtype"), PAIRS)
+@pytest.mark.parametrize(("case", "dtype"), LEARNED)
 def test_gradients_against_autograd_of_the_reference(case, dtype):
     for rows in (1, 37) if dtype == torch.float32 else (37,):
         check_gradients(make(case, rows, dtype))
@@ -328,6 +340,12 @@ def test_gradients_that_are_wanted(rows):
     torch.use_deterministic_algorithms(True)
     assert differentiate(grad, args[:9], *args[9:], [True] + [False] * 8) is None
     torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_where_scores_weight_experts_are_the_references():
+    args = make(CASES[-2], 7)
+    wanted = [t is not None and i != 2 for i, t in enumerate(args[:9])]
+    assert differentiate(torch.randn(7, 104), args[:9], *args[9:], wanted) is None
 
 
 def test_opcheck_of_backward():

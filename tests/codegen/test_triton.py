@@ -37,6 +37,7 @@ from archives import rewritten  # noqa: E402
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "gpu-static.json").read_text())
 RAGGED = TritonSpec("gelu_tanh", True, True, True, False, 5, 30, 60, 7, "float32")
 SPECS = {"gated": GATED, "plain": PLAIN, "ragged": RAGGED}
+SCORED = TritonSpec("scored", False, False, False, False, 1, 576, 1536, 576, "bfloat16")
 BUNDLED = TritonSpec("gelu_tanh", True, True, True, True, 20, 24, 60, 16, "float32", "tf32x3")
 WIDTH = 12
 
@@ -65,8 +66,15 @@ def test_importing_skimp_does_not_import_triton():
 def test_the_generated_text(name, part):
     end = "_grads" if part is emit_grads else ""
     path = Path(__file__).parents[1] / "golden" / "triton" / f"{name}{end}.expected"
-    got = part(SPECS[name])
-    compile(got, name, "exec")
+    check_text(part(SPECS[name]), path)
+
+
+def test_the_generated_text_where_scores_weight_experts():
+    check_text(emit(SCORED), Path(__file__).parents[1] / "golden" / "triton" / "scored.expected")
+
+
+def check_text(got, path):
+    compile(got, path.name, "exec")
     if os.environ.get("SKIMP_UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(got)
@@ -91,6 +99,17 @@ def test_every_kernel_compiles_for_every_target_and_fits(built):
             if target.startswith("sm_"):  # two pointers to scratch memory follow the arguments
                 arguments = [k for k in c.kernel.signature.values() if k != "constexpr"]
                 assert c.parameters == len(arguments) + 2
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_of_a_gate_as_the_router_compile_and_fit(target):
+    for c in compile_all(SCORED, target):
+        assert c.kernel.function in ("few", "weighted", "finish")
+        assert c.shared <= SHARED_LIMIT[target]
+        assert c.spills == 0
+        if c.kernel.function == "few":
+            assert loads_weights_wide(SCORED, c.kernel, target, c.wide_loads)
+        assert report.line(c)["bound"] == "memory"
 
 
 def loads_weights_wide(spec, kernel, target, wide_loads):
