@@ -1,9 +1,6 @@
 // One step of a decoder of the Llama kind: rows of token trees of several sequences through all
 // layers, in one parallel region whose threads meet between phases.
-constexpr long WIDTH = up_to(D, LANES), MIXED = HEADS * HEAD_DIM;
-
-// Rows of operands of products over k elements.
-constexpr long operands(long k) { return up_to(k, LANES) + LANES; }
+constexpr long MIXED = HEADS * HEAD_DIM;
 
 struct Run {
   const Model& model;
@@ -12,7 +9,7 @@ struct Run {
   std::vector<int32_t> paths, starts, positions, every;
   long chunks = 1, tail = 0;
   Barrier barrier;
-  float *x, *qkv, *q, *parts, *scratch, *scores;
+  float *x, *qkv, *q, *parts, *scratch, *scores, *gates, *sums;
   operand *in, *mixed, *h, *routed;
   int32_t* where;
   uint8_t* chosen;
@@ -39,7 +36,7 @@ struct Run {
   }
 
   // Lay the scratch out; twice, once to learn its size.
-  bool allocate(long most_experts, long most_width) {
+  bool allocate(long most_experts, long most_width, bool by_gate) {
     for (int turn = 0; turn < 2; turn++) {
       arena.reset();
       const long rows = step.rows;
@@ -53,6 +50,8 @@ struct Run {
       routed = arena.take<operand>(rows * operands(most_width));
       scores = arena.take<float>(rows * up_to(most_experts, LANES));
       chosen = arena.take<uint8_t>(rows * most_experts);
+      gates = arena.take<float>(by_gate ? rows * GATES : 0);
+      sums = arena.take<float>(by_gate ? CHOSEN_PARTS * rows * WIDTH : 0);
       scratch = arena.take<float>(step.threads * GROUP * tail);
       where = arena.take<int32_t>(step.threads * (tail + CHUNK));
       if (arena.used <= arena.size) return true;
@@ -74,6 +73,7 @@ struct Run {
       if (to) narrow(v, to + k);
       if (also) also[k] = v;
     }
+    for (long k = D; to && k < ROW; k++) narrow(0.0f, to + k);  // meets weights of zero
   }
 
   struct Thread {
@@ -221,6 +221,7 @@ struct Run {
 
   // The feed-forward network: every neuron, or those of the experts that some row runs.
   void feed(Thread& t, const Layer& layer) {
+    if (layer.tau) return feed_by_gate(t, layer);
     const bool routed_here = step.sparse && layer.router.down;
     if (routed_here) route(t, layer.router);
     const Segment whole{0, int32_t(D)}, all{0, int32_t(D_FF)};
@@ -244,6 +245,36 @@ struct Run {
     barrier.meet(t.all);
     add(t, h, operands(D_FF), layer.down, D_FF, routed_here ? t.segments.data() : &all,
         routed_here ? long(t.segments.size()) : 1);
+  }
+
+  // The same where the gate chooses: threads take parts of the neurons, and then columns of sums.
+  void feed_by_gate(Thread& t, const Layer& layer) {
+    const long rows = step.rows, size = rows * WIDTH, blocks = blocks_of(D_FF);
+    const auto begin = [&](long part) { return blocks * part / CHOSEN_PARTS; };
+    const long from = t.first(CHOSEN_PARTS), to = t.last(CHOSEN_PARTS);
+    const Segment whole{0, int32_t(D)};
+    project(in, operands(D), rows, layer.gate_up, D, begin(from), begin(to), &whole, 1,
+            [](long i) { return i; },
+            [&](long r, long b, const float* y) {
+              float* gate = gates + r * GATES + b * LANES;
+#pragma omp simd
+              for (long k = 0; k < LANES; k++) gate[k] = act<ACT>(y[k]);
+            });
+    const float tau = *layer.tau;
+    const auto needs = [&](long r, long n) { return !(std::fabs(gates[r * GATES + n]) < tau); };
+    t.live.clear();
+    for (long n = begin(from) * LANES; n < std::min(D_FF, begin(to) * LANES); n++) {
+      bool any = false;
+      for (long r = 0; r < rows && !any; r++) any = needs(r, n);
+      if (any) t.live.push_back(int32_t(n));
+    }
+    add_parts(in, rows, layer.down, tau, t.live, from, to, begin, gates, sums);
+    barrier.meet(t.all);
+    for (long i = t.first(size / LANES); i < t.last(size / LANES); i++) {
+      vf all{};
+      for (long part = 0; part < CHOSEN_PARTS; part++) all += load(sums + part * size + i * LANES);
+      *(vf*)(x + i * LANES) += all;
+    }
   }
 
   // Which experts each row runs; then, in every thread, the blocks and neurons of all of them.
@@ -342,11 +373,13 @@ extern "C" int decoder_step(const Model* model, const Step* step) {
   if (step->rows == 0) return 0;
   Run run(*model, *step);
   long experts = 1, width = 1;
+  bool by_gate = false;
+  for (long i = 0; i < model->count; i++) by_gate |= model->layers[i].tau != nullptr;
   for (long i = 0; i < model->count && step->sparse; i++) {
     experts = std::max(experts, (long)model->layers[i].router.experts);
     width = std::max(width, (long)model->layers[i].router.width);
   }
-  if (!run.allocate(experts, width)) return 1;
+  if (!run.allocate(experts, width, by_gate)) return 1;
 #pragma omp parallel num_threads(int(step->threads))
   run.thread(omp_get_thread_num(), omp_get_num_threads());
   return 0;

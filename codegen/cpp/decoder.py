@@ -1,10 +1,10 @@
 """A decoder's whole step in generated C++: weights packed once, a cache of keys and values, trees.
 
 One call takes rows, each a token with its parent, through all layers: norms, attention over the
-cache and the row's ancestors, rotary embedding, feed-forward networks (dense, or the experts that
-routers choose), and logits. At few rows what is left is reading the weights. A row's result is the
-same, to the bit, whatever rows are beside it, and whether its ancestors were committed before or
-are rows of the same step; ``decoder_tile.h`` and ``decoder_attention.h`` say how.
+cache and the row's ancestors, rotary embedding, feed-forward networks (dense, or what routers or
+gates choose of them), and logits. At few rows what is left is reading the weights. A row's result
+is the same, to the bit, whatever rows are beside it, and whether its ancestors were committed
+before or are rows of the same step; ``decoder_tile.h`` and ``decoder_attention.h`` say how.
 """
 
 import ctypes
@@ -43,6 +43,7 @@ class _Layer(ctypes.Structure):
             )
         ],
         ("router", _Router),
+        ("tau", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -87,6 +88,7 @@ def emit(spec: DecoderSpec) -> str:
     parts = (
         "vectors.h",
         "decoder_tile.h",
+        "decoder_chosen.h",
         "decoder_attention.h",
         "decoder_model.h",
         "decoder.h",
@@ -296,10 +298,6 @@ class Decoder:
         )  # fmt: skip
 
     def _layer(self, index: int, w: LayerWeights) -> _Layer:
-        lanes = self.spec.lanes
-        gate, up = (pack(m, lanes, self._dtype) for m in (w.gate, w.up))
-        blocks = -(-self.spec.d_ff // lanes)
-        both = torch.stack([gate.view(blocks, -1), up.view(blocks, -1)], 1).flatten()
         router = _Router()
         if w.router is not None:
             r = w.router
@@ -312,10 +310,27 @@ class Decoder:
             self._packed(torch.cat([w.q.detach(), w.k.detach(), w.v.detach()])),
             None if w.biases is None else self._float(torch.cat([b.detach() for b in w.biases])),
             *(None if t is None else self._float(t) for t in (w.q_norm, w.k_norm)),
-            self._packed(w.out), self._float(w.norm_mid), self._keep(self._pages.hold(both)),
-            self._packed(w.down),
-            router,
+            self._packed(w.out), self._float(w.norm_mid), *self._network(w), router,
+            None if w.tau is None else self._keep(w.tau),
         )  # fmt: skip
+
+    def _network(self, w: LayerWeights) -> tuple[int, int]:
+        """Pointers to a network's weights: in blocks, or of neurons for gates to choose from."""
+        if w.tau is not None:
+            both = torch.stack([self._padded(w.up), self._padded(w.down.T)], 1)
+            return self._packed(w.gate), self._keep(self._pages.hold(both))
+        gate, up = (pack(m, self.spec.lanes, self._dtype) for m in (w.gate, w.up))
+        blocks = -(-self.spec.d_ff // self.spec.lanes)
+        both = torch.stack([gate.view(blocks, -1), up.view(blocks, -1)], 1).flatten()
+        return self._keep(self._pages.hold(both)), self._packed(w.down)
+
+    def _padded(self, weight: Tensor) -> Tensor:
+        """Rows ``[n, k]``, padded with zeros to whole vectors."""
+        multiple = self.spec.lanes * (2 if self.spec.dtype == "bfloat16" else 1)
+        n, k = weight.shape
+        full = torch.zeros(n, -(-k // multiple) * multiple, dtype=self._dtype)
+        full[:, :k] = weight.detach()
+        return full
 
     def _packed(self, weight: Tensor) -> int:
         return self._keep(self._pages.hold(pack(weight, self.spec.lanes, self._dtype)))

@@ -13,6 +13,9 @@ struct Layer {
   const float* norm_mid;
   const stored *gate_up, *down;  // blocks of gates and of the other inputs take turns
   Router router;                 // down is null where there is none
+  // Where the gate chooses neurons, the least gate that is not left out, else null. Then gate_up has
+  // gates alone, and down of every neuron both its other weights, each padded to ROW.
+  const float* tau;
 };
 struct Model {
   const Layer* layers;

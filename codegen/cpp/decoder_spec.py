@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+import torch
 from torch import Tensor
 
 from ...ir.errors import BadWeightsError
@@ -68,6 +69,9 @@ class LayerWeights:
     Attributes:
         q, k, v, out: Of attention.
         gate, up: ``[d_ff, d]``; ``down`` is ``[d, d_ff]``.
+        router: Chooses experts in steps that ask for it.
+        tau: Float32, 0-d, read by every step: neurons whose gate, activated, is smaller in
+            magnitude are left out (:class:`skimp.ir.block.GateRouter`).
     """
 
     norm_in: Tensor
@@ -83,6 +87,7 @@ class LayerWeights:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     router: RouterWeights | None = None
+    tau: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,11 @@ def check(spec: DecoderSpec, weights: DecoderWeights) -> None:
             len(r.up) * r.expert_size != spec.d_ff or r.down.shape != (r.up.shape[1], d)
         ):
             raise BadWeightsError(f"the router of layer {index} does not fit its experts")
+        tau = layer.tau
+        if tau is not None and (r is not None or tau.dtype != torch.float32 or tau.numel() != 1):
+            raise BadWeightsError(
+                f"tau of layer {index} is not one float32 number, or stands beside a router"
+            )
     for name, matrix in (("embedding", weights.embedding), ("head", weights.head)):
         if matrix.dim() != 2 or matrix.shape[1] != d:
             raise BadWeightsError(f"{name} has shape {tuple(matrix.shape)}, expected [.., {d}]")

@@ -18,6 +18,9 @@ constexpr int TILE_BLOCKS = 3;
 constexpr long up_to(long n, long m) { return (n + m - 1) / m * m; }
 constexpr long block_size(long k) { return up_to(k, PAIR) * LANES; }
 constexpr long blocks_of(long n) { return (n + LANES - 1) / LANES; }
+constexpr long WIDTH = up_to(D, LANES), GATES = up_to(D_FF, LANES);
+// Of a row of operands of products over k elements.
+constexpr long operands(long k) { return up_to(k, LANES) + LANES; }
 
 static inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)

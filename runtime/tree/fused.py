@@ -1,9 +1,11 @@
 """Decoders of the Llama kind as targets whose whole step is generated C++.
 
 Which models those are is found out from their parts, not their names: layers of four attention
-projections and a gated feed-forward network, two norms, rotary embedding, nothing else. Then a
-short text runs through both, and only a model that gives the same logits is taken. Others get a
-reason, and :func:`target_of` serves them with :class:`~skimp.runtime.tree.hf.HFTarget`.
+projections and a gated feed-forward network, two norms, rotary embedding, nothing else. Networks
+whose gate was made their router run only the neurons it chooses, at the thresholds that the model
+has by then. Then a short text runs through both, and only a model that gives the same logits is
+taken. Others get a reason, and :func:`target_of` serves them with
+:class:`~skimp.runtime.tree.hf.HFTarget`.
 """
 
 import warnings
@@ -226,14 +228,14 @@ class _Parts:
         if len(rotary) != 1:
             raise TargetError(f"it has {len(rotary)} rotary embeddings, not one")
         self.rotary: Any = next(iter(rotary.values()))
-        first = _weights(self.layers[0], self.heads, self.kv_heads)
+        first = _weights(self.layers[0], self.heads, self.kv_heads, self.act)
         self.head_dim, self.d_ff = len(first.q) // self.heads, len(first.gate)
 
     def weights(self) -> DecoderWeights:
         """All weights, none copied."""
         layers = []
         for index, layer in enumerate(self.layers):
-            found = _weights(layer, self.heads, self.kv_heads)
+            found = _weights(layer, self.heads, self.kv_heads, self.act)
             if index in self.blocks:
                 found = _routed(found, self.blocks[index], self.act)
             layers.append(found)
@@ -256,7 +258,7 @@ class _Parts:
         )
 
 
-def _weights(layer: Any, heads: int, kv_heads: int) -> LayerWeights:
+def _weights(layer: Any, heads: int, kv_heads: int, act: str) -> LayerWeights:
     """A layer's weights.
 
     Raises:
@@ -270,10 +272,13 @@ def _weights(layer: Any, heads: int, kv_heads: int) -> LayerWeights:
             q, k, v = a.qkv_proj.weight.split(widths)
         else:
             q, k, v = a.q_proj.weight, a.k_proj.weight, a.v_proj.weight
-        joint = hasattr(f, "gate_up_proj")
-        gate, up = (
-            f.gate_up_proj.weight.chunk(2) if joint else (f.gate_proj.weight, f.up_proj.weight)
-        )
+        tau = None
+        if isinstance(f, DynkFFN):
+            gate, up, down, tau = _by_gate(f, act)
+        elif hasattr(f, "gate_up_proj"):
+            (gate, up), down = f.gate_up_proj.weight.chunk(2), f.down_proj.weight
+        else:
+            gate, up, down = f.gate_proj.weight, f.up_proj.weight, f.down_proj.weight
         biases = None
         if not hasattr(a, "qkv_proj") and a.q_proj.bias is not None:
             biases = (a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)
@@ -281,7 +286,7 @@ def _weights(layer: Any, heads: int, kv_heads: int) -> LayerWeights:
         found = LayerWeights(
             norm_in=layer.input_layernorm.weight, q=q, k=k, v=v, out=a.o_proj.weight,
             norm_mid=layer.post_attention_layernorm.weight, gate=gate, up=up,
-            down=f.down_proj.weight, biases=biases, q_norm=norms[0], k_norm=norms[1],
+            down=down, biases=biases, q_norm=norms[0], k_norm=norms[1], tau=tau,
         )  # fmt: skip
     except AttributeError as error:
         raise TargetError(f"a layer lacks a part of Llama's: {error}") from error
@@ -301,16 +306,42 @@ def _routed(weights: LayerWeights, block: DynkFFN, act: str) -> LayerWeights:
     Raises:
         TargetError: The network is of another kind.
     """
+    gate, up, down = _gated(block, act)
+    if not isinstance(block.router, Router):
+        raise TargetError(
+            "the gate of a converted network is its router, so nothing else can draft"
+        )
+    router = RouterWeights(
+        block.router.down.weight, block.router.up.weight, block.expert_size,
+        block.router.predicts, block.router.top,
+    )  # fmt: skip
+    return replace(weights, gate=gate, up=up, down=down, router=router)
+
+
+def _by_gate(block: DynkFFN, act: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gate, up and down of a network whose gate is its router, and the threshold that it reads.
+
+    Raises:
+        TargetError: The network is of another kind.
+    """
+    if not block.gate_routed:
+        raise TargetError("a converted network has a learned router, which no step computes")
+    if block.dense:
+        return *_gated(block, act), None
+    # the model's own where it can be, so that turning the knob reaches the step
+    return *_gated(block, act), block.tau.float()
+
+
+def _gated(block: DynkFFN, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down of a converted network.
+
+    Raises:
+        TargetError: The network is of another kind.
+    """
     if (
         block.w_gate is None
         or block.act != act
         or any(b is not None for b in (block.b_in, block.b_gate, block.b_out))
     ):
         raise TargetError("a converted network is not gated like the others, or has biases")
-    if not isinstance(block.router, Router):
-        raise TargetError("the gate of a converted network is its router")
-    router = RouterWeights(
-        block.router.down.weight, block.router.up.weight, block.expert_size,
-        block.router.predicts, block.router.top,
-    )  # fmt: skip
-    return replace(weights, gate=block.w_gate, up=block.w_in, down=block.w_out.T, router=router)
+    return block.w_gate, block.w_in, block.w_out.T

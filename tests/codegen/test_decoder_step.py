@@ -8,7 +8,7 @@ from skimp.codegen.cpp.decoder import Decoder, Rows, emit
 from skimp.codegen.cpp.decoder_spec import DecoderSpec, DecoderWeights, LayerWeights, RouterWeights
 from skimp.codegen.cpp.spec import detect_isa
 from skimp.ir.errors import BadWeightsError, SkimpError
-from skimp.ir.op import ACTIVATIONS, reference
+from skimp.ir.op import ACTIVATIONS, SCORED, reference
 
 ISA = detect_isa()
 # few, since each one is a compile
@@ -21,7 +21,7 @@ OTHERS = [
 WORDS = 37
 
 
-def weights(spec, seed=0, layers=2, biases=True, experts=0, mix=False):
+def weights(spec, seed=0, layers=2, biases=True, experts=0, mix=False, tau=None):
     g = torch.Generator().manual_seed(seed)
     d, mixed, kv = spec.d, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
 
@@ -39,6 +39,7 @@ def weights(spec, seed=0, layers=2, biases=True, experts=0, mix=False):
             q_norm=v(spec.head_dim) if biases else None,
             k_norm=v(spec.head_dim) if biases else None,
             router=RouterWeights(m(8, d), m(experts, 8), spec.d_ff // experts) if experts else None,
+            tau=None if tau is None else torch.tensor(tau),
         )
         for _ in range(layers)
     ]  # fmt: skip
@@ -92,7 +93,11 @@ def plain(spec, w, tokens, tau=None, features=None):
         x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ layer.out.double().T
         h = norm(x, layer.norm_mid)
         gate, up, down = layer.gate.double(), layer.up.double(), layer.down.double()
-        if tau is None or layer.router is None:
+        if layer.tau is not None:
+            scores = ACTIVATIONS[spec.act](h @ gate.T)
+            args = (h, scores, layer.tau.double(), up, None, None, None, down.T, None)
+            x = x + reference(*args, 1, SCORED)
+        elif tau is None or layer.router is None:
             x = x + (ACTIVATIONS[spec.act](h @ gate.T) * (h @ up.T)) @ down.T
         else:
             r = layer.router
@@ -256,6 +261,43 @@ def test_experts_that_routers_choose(tau):
             last, _ = one.run([[token]], [[-1]], sparse=True)
             one.keep([[0]])
             assert torch.equal(last[0][0], got[0][i])
+
+
+@pytest.mark.parametrize("spec", [ODD, EVEN, *OTHERS], ids=lambda s: f"{s.dtype}-{s.isa}")
+def test_neurons_that_gates_choose(spec):
+    """At 0 all neurons run; at 9 none does. Neighbours need others, and change no bit."""
+    exact, text = spec.dtype == "float32", random(37, 1)
+    found = []
+    for tau in (0.0, 0.05, 0.3, 9.0):
+        made, w = decoder(spec, tau=tau), weights(spec, tau=tau)
+        seqs = Sequences(made, 1)
+        got, _ = seqs.run([text], [range(-1, 36)], threads=2)
+        if exact or tau in (0.0, 9.0):  # rounding decides which gates are as small as tau
+            close(got[0], plain(spec, w, text)[0], 1e-5 if exact else 3e-2)
+        one = Sequences(made, 1)
+        for i, token in enumerate(text):
+            last, _ = one.run([[token]], [[-1]], threads=1 + i % 3)
+            one.keep([[0]])
+            assert torch.equal(last[0][0], got[0][i])
+        found.append(got[0])
+    dense, _ = Sequences(decoder(spec), 1).run([text], [range(-1, 36)])
+    close(found[0], dense[0], 1e-5 if exact else 3e-2)
+    assert not torch.equal(found[1], found[2])
+
+
+def test_a_threshold_is_read_by_the_next_step():
+    w = weights(ODD, tau=0.0)
+    made = Decoder(ODD, w)
+    made.rotate_by(*tables(ODD))
+    for tau in (0.0, 0.2):
+        for layer in w.layers:
+            layer.tau.fill_(tau)
+        got, _ = Sequences(made, 1).run([[3, 5]], [[-1, 0]])
+        close(got[0], plain(ODD, w, [3, 5])[0], 1e-5)
+    for wrong in (torch.tensor(0.1).double(), torch.zeros(2)):
+        layers = [replace(layer, tau=wrong) for layer in w.layers]
+        with pytest.raises(BadWeightsError, match="tau of layer 0"):
+            Decoder(ODD, replace(w, layers=layers))
 
 
 @pytest.mark.parametrize("spec", [ODD, EVEN], ids=lambda s: s.dtype)

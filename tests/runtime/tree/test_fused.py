@@ -167,6 +167,49 @@ def test_experts_of_converted_networks():
     assert torch.equal(again, dense)  # what was drafted left nothing behind
 
 
+def by_gate(model, tau):
+    """Let the gates of a model's networks be their routers; order of neurons changes nothing."""
+    for layer in model.model.layers:
+        f, order = layer.mlp, torch.randperm(48)
+        layer.mlp = DynkFFN(
+            f.up_proj.weight[order], None, f.gate_proj.weight[order], None,
+            f.down_proj.weight.T[order], None, expert_size=1, act="silu", router_width=0, tau=tau,
+        ).eval()  # fmt: skip
+    return model
+
+
+def test_networks_whose_gate_is_their_router():
+    model, dense = by_gate(llama(seed=5), 0.05), FusedTarget(llama(seed=5))
+    target, g = FusedTarget(model), torch.Generator().manual_seed(0)
+    trees, logits = trees_of((6,), 61, g), []
+    for tau in (0.05, 0.0, 1e9):
+        for layer in model.model.layers:
+            layer.mlp.tau.fill_(tau)
+        target.prefill([[4, 8, 2]])
+        logits.append(target.verify(*zip(*trees, strict=True))[0])
+        check(model, target, [[4, 8, 2]], trees, logits[-1])
+        target.drop([0])
+    dense.prefill([[4, 8, 2]])
+    want, _ = dense.verify(*zip(*trees, strict=True))
+    assert torch.allclose(logits[1], want, atol=1e-4)
+    assert not torch.allclose(logits[0], want, atol=1e-4)
+    model.model.layers[1].mlp.dense = True
+    FusedTarget(model)  # which compares itself with the model
+    with pytest.raises(TargetError, match="nothing else can draft"):
+        FusedTarget(llama(seed=5), blocks={0: model.model.layers[0].mlp})
+
+
+def test_what_is_converted_otherwise_is_the_models_own_code():
+    model = llama(seed=5)
+    f = model.model.layers[1].mlp
+    model.model.layers[1].mlp = DynkFFN(
+        f.up_proj.weight, None, f.gate_proj.weight, None, f.down_proj.weight.T, None,
+        expert_size=8, act="silu", router_width=4,
+    )  # fmt: skip
+    with pytest.raises(TargetError, match="learned router"):
+        FusedTarget(model)
+
+
 class _Late(torch.nn.Module):
     """A network of which the last token of the text takes the sparse form."""
 
