@@ -6,8 +6,9 @@ By default the gate of each network is its router, which needs no training and t
 Label-free: the loss is the divergence from the dense model's next tokens, on text that Python
 carries, or, with --sampled, that the model writes itself first. Start it again with the same
 arguments and it goes on after the last finished pass. Perplexity is of WikiText-2 (validation), in
-windows without overlap. Decoding is one token at a time, batch of one, with a static key-value
-cache; every rival is compiled, and runs are interleaved in this process. On a GPU (--device cuda)
+windows without overlap. Decoding is one token at a time, batch of one: through torch.compile, with
+a static key-value cache, and by the step that skimp generates for decoders; runs are interleaved in
+this process. On a GPU (--device cuda)
 it trains and measures perplexity, no speed.
 """
 
@@ -36,6 +37,7 @@ from skimp.passes.route import Route, Split
 from skimp.passes.sparsify import Relufy, Sparsify
 from skimp.runtime.language import best_neurons, perplexity, sampled, wikitext2, windows
 from skimp.runtime.models import DECODER, load_pretrained
+from skimp.runtime.tree.fused import FusedTarget
 
 ROOT = Path(__file__).parents[1]
 SHARES = {
@@ -145,8 +147,16 @@ def decoder(model, prompt, backend):
     return step
 
 
+def generated(model, prompt):
+    """The same by the step that is generated for decoding, which only some models have."""
+    target = FusedTarget(model)
+    target.prefill([prompt[0, :-1].tolist()])
+    last, parent = prompt[0, -1:].clone(), torch.tensor([-1])
+    return lambda: target.verify([last], [parent])[0][None]
+
+
 def decode_speed(model, done, prompt, share, context, seconds):
-    """Tokens per second of the converted model, and of the dense one compiled both ways."""
+    """Tokens per second of the converted model, and of the dense one, compiled every way."""
     set_tau(done.model, taus_at(done.model, context, [share])[0])
     converted, dense = grafted(model, done.model), grafted(model, done.teacher)
     calls = {
@@ -154,13 +164,15 @@ def decode_speed(model, done, prompt, share, context, seconds):
         "dense, skimp": decoder(dense, prompt, "skimp"),
         "converted, skimp": decoder(converted, prompt, "skimp"),
     }
+    subject = "converted, skimp"
+    if all(block.gate_routed for block in blocks(done.model).values()):
+        calls["dense, generated step"] = generated(model, prompt)
+        calls[subject := "converted, generated step"] = generated(converted, prompt)
     with torch.no_grad():
-        want = model(input_ids=prompt).logits[:, -1:]
-        agree(calls["dense, Inductor"](), want, "dense, Inductor", 1e-3)
-        agree(calls["dense, skimp"](), want, "dense, skimp", 1e-3)
-        want = converted(input_ids=prompt).logits[:, -1:]
-        agree(calls["converted, skimp"](), want, "converted, skimp", 1e-3)
-    result = compare(calls, "converted, skimp", seconds=seconds)
+        for name, call in calls.items():
+            own = converted if name.startswith("converted") else model
+            agree(call(), own(input_ids=prompt).logits[:, -1:], name, 1e-3)
+    result = compare(calls, subject, seconds=seconds)
     rate = {n: 1 / t.median for n, t in result.timings.items()}
     return {"share": share, "tokens_per_second": rate, **result.as_dict()}
 

@@ -88,7 +88,8 @@ def speed(result):
         if ratio := measured["speedup"].get(name):
             told = f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
         lines.append([name, f"{rate:.1f}", told])
-    head = ["decoding one token at a time", "tokens per second", "converted is times as fast"]
+    gain = f"{measured['subject']}, is so many times as fast"
+    head = ["decoding one token at a time", "tokens per second", gain]
     return f"""
 At {measured["share"]:.0%}, all compiled, interleaved, medians with quartiles. {alone}
 
