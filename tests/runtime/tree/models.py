@@ -1,6 +1,7 @@
 """Tiny random decoders, cheap enough to compare every token with transformers' own generation."""
 
 import torch
+from skimp.ir.block import DynkFFN
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -21,6 +22,17 @@ def llama(vocabulary=61, layers=2, seed=0, scale=8.0, **sizes):
             if p.dim() > 1:
                 p.mul_(4)
         model.lm_head.weight.mul_(scale / 4)
+    return model
+
+
+def by_gate(model, tau):
+    """Let the gates of a model's networks be their routers; order of neurons changes nothing."""
+    for layer in model.model.layers:
+        f, order = layer.mlp, torch.randperm(48)
+        layer.mlp = DynkFFN(
+            f.up_proj.weight[order], None, f.gate_proj.weight[order], None,
+            f.down_proj.weight.T[order], None, expert_size=1, act="silu", router_width=0, tau=tau,
+        ).eval()  # fmt: skip
     return model
 
 

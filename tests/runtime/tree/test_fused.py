@@ -10,7 +10,7 @@ from skimp.ir.errors import TargetError  # noqa: E402
 from skimp.runtime.tree.fused import FusedTarget, target_of  # noqa: E402
 from skimp.runtime.tree.hf import HFTarget  # noqa: E402
 
-from .models import llama, random_tree  # noqa: E402
+from .models import by_gate, llama, random_tree  # noqa: E402
 from .test_hf import check, small, trees_of  # noqa: E402
 
 FAMILIES = {
@@ -165,17 +165,6 @@ def test_experts_of_converted_networks():
     check(model, target, [[4, 8, 2]], [(tokens[:1], parents[:1])], sparse[:1])
     again, _ = target.verify([tokens], [parents])
     assert torch.equal(again, dense)  # what was drafted left nothing behind
-
-
-def by_gate(model, tau):
-    """Let the gates of a model's networks be their routers; order of neurons changes nothing."""
-    for layer in model.model.layers:
-        f, order = layer.mlp, torch.randperm(48)
-        layer.mlp = DynkFFN(
-            f.up_proj.weight[order], None, f.gate_proj.weight[order], None,
-            f.down_proj.weight.T[order], None, expert_size=1, act="silu", router_width=0, tau=tau,
-        ).eval()  # fmt: skip
-    return model
 
 
 def test_networks_whose_gate_is_their_router():

@@ -12,12 +12,13 @@ transformers = pytest.importorskip("transformers")
 
 import skimp  # noqa: E402
 from skimp.ir.errors import SkimpError  # noqa: E402
+from skimp.passes.budget import set_tau  # noqa: E402
 from skimp.runtime.tree.generate import TreeDecoder  # noqa: E402
 from skimp.runtime.tree.hf import HFTarget  # noqa: E402
 from skimp.runtime.tree.stream import Printer  # noqa: E402
 
 from .drafters import Given  # noqa: E402
-from .models import llama  # noqa: E402
+from .models import by_gate, llama  # noqa: E402
 
 CASES = {
     "new tokens": dict(max_new_tokens=24),
@@ -42,6 +43,18 @@ def padded(side):
 @pytest.fixture(scope="module")
 def model():
     return llama()
+
+
+@pytest.mark.filterwarnings("error:decoding runs the model's own code")
+def test_a_model_whose_gates_are_its_routers_writes_its_own_text():
+    model, ids = by_gate(llama(seed=3), 0.05), torch.tensor([[5, 9, 2, 5, 9, 2, 5]])
+    options = dict(max_new_tokens=40, do_sample=False)
+    want = model.generate(ids, **options)
+    assert torch.equal(skimp.generate(model, ids, max_new_tokens=40), want)
+    set_tau(model, 1e9)
+    other = model.generate(ids, **options)
+    assert torch.equal(skimp.generate(model, ids, max_new_tokens=40), other)
+    assert not torch.equal(other, want)
 
 
 @pytest.mark.parametrize("case", CASES)
