@@ -52,8 +52,8 @@ the bits of the conversion in one process. What a worker takes at most, in MB be
 
 {table}
 A layer of `sparsify` is {weights:.1f} MB of weights (its own, and those it learns from),
-{moments:.1f} MB of the optimiser's state and {inputs:.1f} MB of inputs ({tokens:,} tokens).
-Gradients, and what is computed on the way, are not counted in it.
+{gradients:.1f} MB of gradients, {moments:.1f} MB of the optimiser's state and {inputs:.1f} MB of
+inputs ({tokens:,} tokens). What is computed on the way is not counted in it.
 """
 
 
@@ -207,6 +207,7 @@ def main():
         write_atomically(RESULTS, json.dumps(found, indent=1).encode() + b"\n")
     found = json.loads(RESULTS.read_bytes())
     layer, peak = found["layer"], found["peak"]
+    layer["gradients"] = layer["moments"] / 2  # Adam keeps two numbers for each of them
     two = 2 * sum(layer.values())
     rows = [[f"`{s}`", *(f"{p[k] / 1e6:.0f}" for k in ("own", "all"))] for s, p in peak.items()]
     rows.append(["two layers", f"{two / 1e6:.0f}", ""])
