@@ -149,7 +149,43 @@ def facts(c):
                 f"- {c.titles[both]}: within one point of the dense accuracy {100 * b:.1f} % of "
                 f"the FLOPs go, with FFNs alone {100 * a:.1f} %: {100 * (b - a):+.1f} points."
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *reasons(c)]) + "\n"
+
+
+def reasons(c):
+    """Why an ingredient does not gain, where what was measured tells."""
+    lines, level = [], 0.3
+    if "dynamic" in c.names and (lost := c.at("dynamic", level)) is not None:
+        whole = [
+            100 * (c.rows["dynamic", s]["dense"] - a)
+            for s, a in zip(c.seeds, full(c, "dynamic", "accuracy"), strict=True)
+        ]
+        skipped = statistics.mean(lost) - statistics.mean(whole)
+        if len(lost) > 1 and skipped < statistics.stdev(lost):
+            lines.append(
+                f"- Why routing gains little at {level:.0%}: skipping costs {skipped:.2f} points "
+                f"there, less than seeds differ by ({statistics.stdev(lost):.2f})."
+            )
+    if {"dynamic", "projections"} <= set(c.names):
+        a, b = (full(c, n, "accuracy") for n in ("dynamic", "projections"))
+        cost = [100 * (x - y) for x, y in zip(a, b, strict=True)]
+        linear, network = unexplained(c, "projections")
+        lines.append(
+            "- Why projections gain less than they cost: a linear layer is not the network that "
+            f"replaces it, which loses {spread(cost, '+')} points with every expert running; and "
+            f"what its experts add is harder to predict: routers leave {linear:.0%} of its "
+            f"variance unexplained, those of FFNs {network:.0%} (medians over blocks)."
+        )
+    return lines
+
+
+def unexplained(c, name):
+    """Median over blocks and seeds of what routers leave unexplained: projections', and FFNs'."""
+    found = {True: [], False: []}
+    for seed in c.seeds:
+        for block, share in c.rows[name, seed]["unexplained"].items():
+            found["attention" in block].append(share)
+    return statistics.median(found[True]), statistics.median(found[False])
 
 
 def section(result):
