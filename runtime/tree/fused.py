@@ -90,10 +90,11 @@ class FusedTarget:
 
     @property
     def name(self) -> str:
-        """Sizes, dtype and instruction set."""
+        """Sizes, dtype and instruction set, and whether gates choose neurons: what costs go by."""
         s = self.decoder.spec
+        by_gate = "-gates" if any(w.tau is not None for w in self.weights.layers) else ""
         sizes = f"{self.decoder.layers}x{s.d}x{s.d_ff}x{self.vocabulary}"
-        return f"fused-{sizes}-h{s.heads}.{s.kv_heads}.{s.head_dim}-{s.dtype}-{s.isa}"
+        return f"fused-{sizes}-h{s.heads}.{s.kv_heads}.{s.head_dim}-{s.dtype}-{s.isa}{by_gate}"
 
     def lengths(self) -> list[int]:
         """Tokens committed, by row."""

@@ -170,6 +170,7 @@ def test_experts_of_converted_networks():
 def test_networks_whose_gate_is_their_router():
     model, dense = by_gate(llama(seed=5), 0.05), FusedTarget(llama(seed=5))
     target, g = FusedTarget(model), torch.Generator().manual_seed(0)
+    assert target.name == f"{dense.name}-gates"  # it costs something else
     trees, logits = trees_of((6,), 61, g), []
     for tau in (0.05, 0.0, 1e9):
         for layer in model.model.layers:
