@@ -96,9 +96,18 @@ At {measured["share"]:.0%}, all compiled, interleaved, medians with quartiles. {
 {table(head, lines)}"""
 
 
+def by_step(result):
+    """Decode speed of another run, which only timed."""
+    return f"""
+By the step that `skimp.generate` generates for decoders (`decoder-speed.json`; gates that nothing
+was trained for, which changes no time).
+{speed(result)}"""
+
+
 def page_of(found):
     """The page, in Markdown."""
     gate, learned = found["gate"], found["learned"]
+    timed = by_step(found["speed"]) if "speed" in found else ""
     return f"""# A decoder made sparse
 
 Written by `python benchmarks/decoder.py` from `benchmarks/results/decoder.json` and
@@ -117,7 +126,7 @@ third of the network is always computed, and nothing is predicted.
 
 {within(gate)}
 
-{frontier(gate, KINDS)}{speed(gate)}
+{frontier(gate, KINDS)}{speed(gate)}{timed}
 
 ## Learned routers
 
