@@ -111,6 +111,12 @@ def full(c, name, key):
     return [next(p[key] for p in c.rows[name, s]["points"] if p["share"] >= 1) for s in c.seeds]
 
 
+def lost_by_all(c, name):
+    """Points of accuracy lost by every seed where all experts run."""
+    kept = zip(c.seeds, full(c, name, "accuracy"), strict=True)
+    return [100 * (c.rows[name, seed]["dense"] - accuracy) for seed, accuracy in kept]
+
+
 def facts(c):
     """What the acceptance checks of the method ask for."""
     lines = []
@@ -156,19 +162,15 @@ def reasons(c):
     """Why an ingredient does not gain, where what was measured tells."""
     lines, level = [], 0.3
     if "dynamic" in c.names and (lost := c.at("dynamic", level)) is not None:
-        whole = [
-            100 * (c.rows["dynamic", s]["dense"] - a)
-            for s, a in zip(c.seeds, full(c, "dynamic", "accuracy"), strict=True)
-        ]
-        skipped = statistics.mean(lost) - statistics.mean(whole)
+        skipped = statistics.mean(lost) - statistics.mean(lost_by_all(c, "dynamic"))
         if len(lost) > 1 and skipped < statistics.stdev(lost):
             lines.append(
                 f"- Why routing gains little at {level:.0%}: skipping costs {skipped:.2f} points "
                 f"there, less than seeds differ by ({statistics.stdev(lost):.2f})."
             )
     if {"dynamic", "projections"} <= set(c.names):
-        a, b = (full(c, n, "accuracy") for n in ("dynamic", "projections"))
-        cost = [100 * (x - y) for x, y in zip(a, b, strict=True)]
+        a, b = (lost_by_all(c, n) for n in ("dynamic", "projections"))
+        cost = [y - x for x, y in zip(a, b, strict=True)]
         linear, network = unexplained(c, "projections")
         lines.append(
             "- Why projections gain less than they cost: a linear layer is not the network that "
@@ -204,8 +206,7 @@ def section(result):
     for name in c.names:
         most = c.most(name)
         cells = [spread(c.at(name, lv)) for lv in LEVELS]
-        whole = [100 * (d - a) for d, a in zip(dense, full(c, name, "accuracy"), strict=True)]
-        cells += ["-" if most is None else f"{100 * most:.1f} %", spread(whole)]
+        cells += ["-" if most is None else f"{100 * most:.1f} %", spread(lost_by_all(c, name))]
         rows.append([c.titles[name], *cells])
     text += table(head, rows) + "\n"
     for level in (0.3, 0.45):

@@ -8,8 +8,7 @@ carries, or, with --sampled, that the model writes itself first. Start it again 
 arguments and it goes on after the last finished pass. Perplexity is of WikiText-2 (validation), in
 windows without overlap. Decoding is one token at a time, batch of one: through torch.compile, with
 a static key-value cache, and by the step that skimp generates for decoders; runs are interleaved in
-this process. On a GPU (--device cuda)
-it trains and measures perplexity, no speed.
+this process. On a GPU (--device cuda) it trains and measures perplexity, no speed.
 """
 
 import argparse
@@ -156,8 +155,8 @@ def generated(model, prompt):
     """The same by the step that is generated for decoding, which only some models have."""
     target = FusedTarget(model)
     target.prefill([prompt[0, :-1].tolist()])
-    last, parent = prompt[0, -1:].clone(), torch.tensor([-1])
-    return lambda: target.verify([last], [parent])[0][None]
+    token, parent = prompt[0, -1:].clone(), torch.tensor([-1])
+    return lambda: target.verify([token], [parent])[0][None]
 
 
 def decode_speed(model, done, prompt, share, context, seconds):

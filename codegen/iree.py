@@ -88,8 +88,7 @@ class IreeModule(Loaded):
 
         index, _ = read(Path(path), VERSION)
         check_machine(str(index["isa"]), str(path))
-        self.inputs, self.outputs, self.taus = index["inputs"], index["outputs"], index["taus"]
-        self.gates = index.get("gates", ())
+        self.told(index)
         self._given = {
             name: torch.tensor(value)
             for name, value in zip(self.taus.values(), index["defaults"], strict=True)

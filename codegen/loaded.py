@@ -31,6 +31,11 @@ class Loaded:
     taus: dict[str, str]
     gates: Collection[str] = ()
 
+    def told(self, index: Mapping[str, Any]) -> None:
+        """Take the names from :meth:`skimp.codegen.exported.Program.index`."""
+        self.inputs, self.outputs, self.taus = index["inputs"], index["outputs"], index["taus"]
+        self.gates = index.get("gates", ())
+
     def run(self, named: Mapping[str, Tensor]) -> list[Tensor]:
         """From inputs by name, of which it may not need all, to the outputs, in order."""
         raise NotImplementedError

@@ -144,8 +144,7 @@ class Package(Loaded):
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
         self.index = index
-        self.inputs, self.outputs, self.taus = index["inputs"], index["outputs"], index["taus"]
-        self.gates = index.get("gates", ())
+        self.told(index)
         try:
             self._model: Any = torch._inductor.aoti_load_package(str(path))
         except Exception as error:
