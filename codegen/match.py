@@ -14,17 +14,17 @@ def router(scores: Any, x: Any) -> tuple[Node, Node] | None:
     up = first and _product(first)
     second = up and _step(up[0], aten.relu.default)
     down = second and _product(second)
-    if not up or not down or _unviewed(down[0]) is not _unviewed(x):
+    if not up or not down or unviewed(down[0]) is not unviewed(x):
         return None
     return down[1], up[1]
 
 
 def _step(node: Any, target: Any) -> Node | None:
     """The argument of ``node``, if it is a call of ``target``, views aside, with one user."""
-    node = _unviewed(node)
+    node = unviewed(node)
     if not isinstance(node, Node) or node.target is not target or len(node.users) != 1:
         return None
-    argument = _unviewed(node.args[0])
+    argument = unviewed(node.args[0])
     return argument if isinstance(argument, Node) and len(argument.users) == 1 else None
 
 
@@ -40,7 +40,8 @@ def _product(node: Node) -> tuple[Any, Node] | None:
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
-def _unviewed(node: Any) -> Any:
+def unviewed(node: Any) -> Any:
+    """What a node is a view of, or itself."""
     while isinstance(node, Node) and node.target in _VIEWS:
         node = node.args[0]
     return node

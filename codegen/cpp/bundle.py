@@ -19,9 +19,9 @@ from .build import build
 from .emit import ACTS, emit
 from .kernels import few_rows
 from .library import OPS, describe
+from .library import text as library_text
 from .spec import FLAGS, KernelSpec, LinearSpec, detect_isa
 
-_HERE = Path(__file__).parent
 _HEADERS = (
     "algorithm", "array", "atomic", "cmath", "cstdint", "cstdlib", "cstring", "exception",
     "iterator", "mutex", "new", "optional", "shared_mutex", "sstream", "string", "type_traits",
@@ -107,7 +107,7 @@ def emit_library(specs: Iterable[KernelSpec | LinearSpec]) -> tuple[str, str]:
         kind, fields = key_of(spec)
         rows.append(f'    {{"{kind}", "{fields}", {{(void*)&k{i}::{kind}, {few_rows(spec)}}}}},')
     isa = listed[0].isa if listed else "portable"
-    ops = (_HERE / "library.cpp").read_text()
+    ops = library_text()
     # of two libraries in a process each has these to itself
     ops = ops.replace('extern "C" void ', "static void ")
     ops = ops.replace("static void skimp_forget()", "[[maybe_unused]] static void skimp_forget()")

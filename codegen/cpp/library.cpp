@@ -86,6 +86,8 @@ static Optional dense(const Optional& t) { return t ? Optional(dense(*t)) : t; }
 static const void* pointer(const Tensor& t) { return t.const_data_ptr(); }
 static const void* pointer(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
+static void gather(const Tensor& w) { gather(pointer(w), w.numel() * w.element_size()); }
+
 static Tensor empty_like_rows_of(const Tensor& x, int64_t columns) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
@@ -162,6 +164,8 @@ Tensor dynk_ffn(Tensor x_, Tensor scores_, Tensor tau, Tensor w_in_, Optional b_
   STD_TORCH_CHECK(kernel.run, op, ": there is no kernel for such a block");
   if (act == "scored" && expert_size == 1 && rows > kernel.few)
     return masked(x, scores, value_of(tau), w_in, b_in, w_out, b_out);
+  gather(w_in), gather(w_out);
+  if (w_gate) gather(*w_gate);
   Tensor y = empty_like_rows_of(x, d_out);
   typedef int (*Run)(const void*, const void*, float, const void*, const void*, const void*,
                      const void*, const void*, const void*, void*, int64_t, int64_t, int32_t);
@@ -198,6 +202,7 @@ std::vector<Tensor> linears(Tensor x_, std::vector<Tensor> w_, std::vector<Tenso
   for (size_t i = 0; i < count; i++) {
     w_[i] = dense(w_[i]);
     w.push_back(pointer(w_[i]));
+    gather(w_[i]);
     if (!b_.empty()) {
       b_[i] = dense(b_[i]);
       b[i] = pointer(b_[i]);

@@ -34,6 +34,12 @@ Resolver = Callable[[str, tuple[int, ...]], tuple[int, int]]
 """From the kind of a kernel and what it is constant in to its address (0: none) and few rows."""
 
 
+def text() -> str:
+    """Of the library, but for whom it asks for kernels."""
+    here = Path(__file__).parent
+    return (here / "pages.h").read_text() + (here / "library.cpp").read_text()
+
+
 @functools.cache
 def load(resolver: Resolver) -> ctypes.CDLL:
     """Register the ops.
@@ -46,7 +52,7 @@ def load(resolver: Resolver) -> ctypes.CDLL:
     """
     root = Path(torch.__file__).parent
     library = build(
-        (Path(__file__).parent / "library.cpp").read_text(),
+        text(),
         f"library_torch{torch.__version__}_{sysconfig.get_platform()}",
         (f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
     )

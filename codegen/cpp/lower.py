@@ -18,7 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 from ...ir.errors import CompileError
-from ..match import is_weight, turned_weight
+from ..match import is_weight, turned_weight, unviewed
 from ..match import router as matched
 from .kernels import DTYPES, few_rows, kernel, ops, unserved
 from .spec import LinearSpec, detect_isa
@@ -88,7 +88,8 @@ class _Linear(NamedTuple):
 
     @property
     def kind(self) -> tuple[Node, tuple[int, ...], bool]:
-        return self.x, tuple(self.w.meta["val"].shape), self.b is None
+        # where shapes are dynamic, every layer has a view of its own
+        return unviewed(self.x), tuple(self.w.meta["val"].shape), self.b is None
 
 
 def _linear(node: Node) -> _Linear | None:

@@ -197,6 +197,8 @@ static Status* compute_checked(const Node& node, Context* c) {
   call.rows = product(x) / (d ? d : 1);
   call.experts = experts;
   if (call.rows == 0) return nullptr;
+  for (const float* w : {call.w_in, call.w_gate}) gather(w, d_ff * d * sizeof(float));
+  gather(call.w_out, d_ff * d_out * sizeof(float));
   const int64_t threads = omp_get_num_procs();
   Status* s = nullptr;
   if (call.rows > call.kernel->few) {

@@ -28,6 +28,7 @@ def emit_operators(specs: Iterable[KernelSpec]) -> str:
         [
             kernels_text(listed),
             machine_text(listed[0].isa),
+            (_HERE / "pages.h").read_text(),
             (_HERE / "ort.cpp").read_text(),
             "const Kernel KERNELS[] = {",
             *kernels,

@@ -1,12 +1,11 @@
 """Memory in huge pages: contents, alignment, and that it lives as long as it is used."""
 
 import gc
-import platform
 from pathlib import Path
 
 import pytest
 import torch
-from skimp.codegen.cpp import pages
+from skimp.codegen.cpp import kernels, pages
 
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -33,16 +32,40 @@ def test_empty_has_its_shape_and_can_be_written(shape):
     assert float(made.fill_(2).sum()) == 2 * made.numel()
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="asks the kernel of Linux")
-def test_huge_pages_are_asked_for():
-    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this kernel has none")
-    made = pages.empty([16 << 20], torch.float32)
-    flags, mapped = "", False
+def flags_of(tensor):
+    """What the kernel notes of the memory that a tensor's middle lies in."""
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    mapped = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         bounds = line.split()[0].split("-")
         if len(bounds) == 2:
-            mapped = int(bounds[0], 16) <= made.data_ptr() < int(bounds[1], 16)
+            mapped = int(bounds[0], 16) <= middle < int(bounds[1], 16)
         elif mapped and line.startswith("VmFlags"):
-            flags = line
-    assert "hg" in flags.split()
+            return line.split()
+    raise AssertionError("the memory is not mapped")
+
+
+large_pages = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has none"
+)
+
+
+@large_pages
+def test_huge_pages_are_asked_for():
+    assert "hg" in flags_of(pages.empty([16 << 20], torch.float32))
+
+
+@large_pages
+@torch.no_grad()
+def test_weights_that_kernels_read_come_into_them():
+    g = torch.Generator().manual_seed(0)
+    w_in, w_out = (torch.randn(2048, 512, generator=g) for _ in range(2))
+    x, scores = torch.randn(3, 512, generator=g), torch.rand(3, 256, generator=g)
+    assert "hg" not in flags_of(w_in)
+    before = w_in.clone()
+    args = (x, scores, torch.tensor(0.5), w_in, None, None, None, w_out, None, 8, "relu")
+    got = kernels.ops().dynk_ffn(*args)
+    assert "hg" in flags_of(w_in)
+    assert "hg" in flags_of(w_out)
+    assert torch.equal(w_in, before)
+    assert torch.equal(kernels.ops().dynk_ffn(*args), got)
