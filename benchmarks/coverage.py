@@ -6,6 +6,7 @@ that have the shapes d -> f -> d, among the modules that ran. A site that is not
 false one until a person has looked at it.
 
     .venv/bin/python benchmarks/coverage.py --minutes 5     # goes on where the last call ended
+    .venv/bin/python benchmarks/coverage.py --ray HOST:6379 # the same by the workers of a cluster
 """
 
 import argparse
@@ -13,9 +14,15 @@ import json
 import multiprocessing as mp
 import random
 import re
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +143,12 @@ def _child(kind: str, name: str, pipe: Any) -> None:
     pipe.send(result | {"class": name, "seconds": round(time.monotonic() - start, 1)})
 
 
-def run(todo: dict[str, str], results: dict[str, Any], args: argparse.Namespace) -> None:
-    """Examine families, each in a fork of this process, which has imported what they need."""
+def here(todo: dict[str, str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Examine families, each in a fork of this process, which has imported what they need.
+
+    Yields:
+        What came of one, by its model type.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -159,20 +170,67 @@ def run(todo: dict[str, str], results: dict[str, Any], args: argparse.Namespace)
             if not pipe.poll(0.02) and process.is_alive() and not late:
                 continue
             try:
-                results[kind] = pipe.recv() if pipe.poll() else None
+                result = pipe.recv() if pipe.poll() else None
             except EOFError:
-                results[kind] = None
-            if results[kind] is None:
-                why = f"more than {args.timeout} s" if late else f"ended with {process.exitcode}"
-                results[kind] = {"status": "no answer", "class": todo[kind], "reason": why}
+                result = None
             process.kill()
             process.join()
             del busy[kind]
-            r = results[kind]
-            if not args.json:
-                print(f"{kind:32} {_short(r)}", flush=True)
-            store(results)
+            if result is None:
+                why = f"more than {args.timeout} s" if late else f"ended with {process.exitcode}"
+                result = {"status": "no answer", "class": todo[kind], "reason": why}
+            yield {kind: result}
         time.sleep(0.02)
+
+
+def on_cluster(todo: dict[str, str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same as :func:`here`, by the workers of a Ray cluster, some families a task.
+
+    Yields:
+        What came of the families of a task, by model type.
+
+    Raises:
+        ClusterError: See :func:`skimp.runtime.cluster.on_ray`.
+    """
+    from skimp.runtime.cluster import on_ray
+
+    end, kinds = time.monotonic() + 60 * args.minutes, list(todo)
+
+    def parts() -> Iterator[list[str]]:
+        for first in range(0, len(kinds), args.part):
+            if time.monotonic() < end:
+                yield kinds[first : first + args.part]
+
+    with on_ray(args.ray) as each:
+        yield from each(
+            partial(_in_a_worker, str(Path(__file__).absolute()), args.timeout), parts()
+        )
+
+
+def _in_a_worker(script: str, timeout: float, kinds: list[str]) -> dict[str, Any]:
+    """This script once more: a worker of Ray has threads, so it is not what forks for a family."""
+    with tempfile.TemporaryDirectory() as scratch:
+        told = Path(scratch) / "results.json"
+        words = [sys.executable, script, "--results", told, "--timeout", timeout, "--workers", 1]
+        done = subprocess.run(
+            [*map(str, words), "--only", *kinds], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{script} ended with {done.returncode}: {done.stderr[-1000:]}")
+        found: dict[str, Any] = json.loads(told.read_bytes())
+        return found
+
+
+def run(todo: dict[str, str], results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Examine families, and store what came of them as it comes."""
+    with closing((here if args.ray is None else on_cluster)(todo, args)) as found:
+        for some in found:
+            results |= some
+            for kind, r in some.items():
+                if not args.json:
+                    print(f"{kind:32} {_short(r)}", flush=True)
+            text = json.dumps(results, indent=1, sort_keys=True)
+            write_atomically(args.results, text.encode())
 
 
 def _short(r: dict[str, Any]) -> str:
@@ -182,11 +240,6 @@ def _short(r: dict[str, Any]) -> str:
     for path, reason in list(r["missed"].items())[:1]:
         text += f"; missed {path}: {reason}"
     return text + (f"; EXTRA {r['extra']}" if r["extra"] else "")
-
-
-def store(results: dict[str, Any]) -> None:
-    """Write what is known so far."""
-    write_atomically(RESULTS, json.dumps(results, indent=1, sort_keys=True).encode())
 
 
 def verdict(r: dict[str, Any]) -> str:
@@ -287,13 +340,19 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1e9, help="stop starting after so long")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="families at once, without --ray")
     parser.add_argument("--timeout", type=float, default=120, help="seconds per family")
+    parser.add_argument("--ray", help="a cluster, HOST:PORT, with this checkout on every node")
+    parser.add_argument("--part", type=int, default=8, help="families a task of the cluster")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="of another file no page is written"
+    )
     parser.add_argument("--only", nargs="*", help="model types, again even if known")
     parser.add_argument("--again", nargs="*", default=[], help="verdicts to examine again")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    held = args.results
+    results: dict[str, Any] = json.loads(held.read_text()) if held.exists() else {}
     known = list(families().items())
     random.Random(0).shuffle(known)  # so that a part of them is a fair sample
     todo = {
@@ -303,7 +362,8 @@ def main() -> None:
         or (kind in results and verdict(results[kind]) in args.again)
     }
     run(todo, results, args)
-    write_atomically(TABLE, page(results).encode())
+    if held == RESULTS:
+        write_atomically(TABLE, page(results).encode())
     if args.json:
         print(json.dumps(results))
         return

@@ -9,13 +9,20 @@ def two_raylets(cpus):
     from ray.cluster_utils import Cluster
 
     node = dict(num_cpus=cpus, object_store_memory=100 * 2**20)
-    head = node | {"include_dashboard": False}
+    cluster = Cluster()
     try:
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-    except Exception:  # Ray gives its processes 30 seconds, which is little on a busy machine
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(**node)
+        _add(cluster, **node, include_dashboard=False)
+        _add(cluster, **node)
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def _add(cluster, tries=3, **node):
+    """Start a node; Ray gives it 30 seconds, which is little on a busy machine."""
+    for left in reversed(range(tries)):
+        try:
+            return cluster.add_node(**node)
+        except Exception:  # of no class of its own
+            if not left:
+                raise

@@ -452,6 +452,9 @@ def ready(names):
     for name in names:
         for module in COMMANDS[name].imports:
             import_module(module)
+    if "pt2" in names:
+        # asks the compiler and a process of its own what the processor can do, in each fork anew
+        import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
     words = [sys.executable, TESTS / "runtime" / "cascade" / "stub.py"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as stub:
         os.environ["STUB"] = stub.stdout.readline().strip()

@@ -1,9 +1,11 @@
-"""Conversion on a Ray cluster of two nodes: the same numbers, though a worker dies."""
+"""Work on a Ray cluster of two nodes: the same numbers, though a worker dies."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +109,36 @@ def test_policies_are_the_same_wherever_they_are_tried(address):
     assert len(_parts(grid(samples), n * 2 // 5)) > 1
     with on_ray(address) as each:
         assert calibrate(table, goal, each) == calibrate(table, goal)
+
+
+COVERAGE = Path(skimp.__file__).parent / "benchmarks" / "coverage.py"
+NO_RAY = (
+    "import runpy, sys; sys.modules['ray'] = None; "
+    "runpy.run_path('coverage.py', run_name='__main__')"
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+def test_families_are_examined_alike_on_a_cluster_and_without_one(address, tmp_path):
+    """One that cannot be built, one that cannot be exported, one that ends, two that are found."""
+    kinds = ["bert", "distilbert", "dots1", "edgetam_video", "glm4v_vision"]
+
+    def examined(name, *more, script=(COVERAGE,), only=kinds):
+        words = [sys.executable, *script, "--results", tmp_path / name, "--only", *only, *more]
+        subprocess.run([str(w) for w in words], check=True, cwd=COVERAGE.parent)
+        found = json.loads((tmp_path / name).read_bytes())
+        for told in found.values():
+            told.pop("seconds", None)
+        return found
+
+    plain = examined("plain.json", script=("-c", NO_RAY))
+    assert list(plain) == kinds
+    known = {"searched", "not built", "no answer", "not exported"}
+    assert {told["status"] for told in plain.values()} == known
+    assert examined("ray.json", "--ray", address, "--part", "2") == plain
+    late = examined("late.json", "--ray", address, "--timeout", "0", only=["bert"])
+    assert late["bert"]["reason"] == "more than 0.0 s"
 
 
 def test_ray_is_imported_only_when_asked_for(monkeypatch):
