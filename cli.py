@@ -174,6 +174,10 @@ def convert(
     ray: Annotated[
         str | None, typer.Option(help="Ray cluster whose workers treat the layers: HOST:PORT.")
     ] = None,
+    offload: Annotated[
+        Path | None,
+        typer.Option(help="Folder on a disk for weights and activations that memory cannot hold."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert an encoder; start again after an interruption and it goes on where it was."""
@@ -196,6 +200,7 @@ def convert(
             projections=projections,
             progress=bars,
             each=each,
+            offload=offload,
         )
     if as_json:
         print(json.dumps(done.history))  # noqa: T201

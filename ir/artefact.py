@@ -37,8 +37,6 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
     Raises:
         ArtefactError: The folder cannot be written, for example on a full disk.
     """
-    from safetensors.torch import save
-
     seen: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -48,13 +46,9 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
             aliases[name] = first
         else:
             tensors[name] = tensor.detach().contiguous()
-    data = save(tensors, metadata={"format": "skimp"})
-    digest = hashlib.sha256(data).hexdigest()
     index = {
         "format": "skimp",
         "version": VERSION,
-        "weights": f"weights-{digest[:16]}.safetensors",
-        "sha256": digest,
         "aliases": aliases,
         "blocks": {
             name: dict(
@@ -73,11 +67,36 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
         "record": record,
     }
     with alone(folder):  # else one process removes the weights that another is about to name
-        write_atomically(folder / str(index["weights"]), data)
+        index["sha256"] = digest = _write_weights(folder, tensors)
+        index["weights"] = _named(digest)
         write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
         for old in folder.glob("weights-*.safetensors"):
             if old.name != index["weights"]:
                 old.unlink(missing_ok=True)
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors from where they lie, and name the file by its SHA-256, which is returned."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with drafts(folder / "weights") as scratch:
+        draft, ours = scratch / "weights", scratch / "ours"
+        try:
+            save_file(tensors, draft, metadata={"format": "skimp"})
+        except SafetensorError as error:  # of a full disk
+            raise unwritable(folder, error) from error
+        ours.touch()
+        draft.chmod(ours.stat().st_mode)  # readable by whom the umask says, unlike safetensors'
+        with draft.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        os.replace(draft, folder / _named(digest))
+    return digest
+
+
+def _named(digest: str) -> str:
+    return f"weights-{digest[:16]}.safetensors"
 
 
 @contextmanager
@@ -199,17 +218,18 @@ def read_into(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 def _fill(folder: Path, index: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     path = folder / Path(str(index["weights"])).name
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from error
-    if hashlib.sha256(data).hexdigest() != index["sha256"]:
+    if digest != index["sha256"]:
         raise ArtefactError(f"{path} is damaged or truncated; convert the model again")
     try:
-        state = load(data)
+        state = load_file(path)  # mapped, not read
     except SafetensorError as error:
         raise ArtefactError(f"{path} is not a safetensors file: {error}") from error
     state |= {name: state[first] for name, first in index["aliases"].items()}

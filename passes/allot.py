@@ -58,7 +58,7 @@ def tau_at(compared: Tensor, share: float, sample: int = 256) -> Tensor:
 
 def options(gm: GraphModule, context: Context, rows: int = 1024) -> dict[str, Options]:
     """Measure every block on held-out rows."""
-    inputs = capture(gm, context.held_out, rows)
+    inputs = capture(gm, context.held_out, rows, offload=context.offload)
     return {n: _options(b, inputs[n][:rows]) for n, b in blocks(gm).items()}
 
 

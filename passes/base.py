@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from ..ir.block import DynkFFN
 from ..ir.errors import CalibrationError
 from .data import LABELS, Batch, real_tokens
 from .lift import blocks
+from .offload import Offload
 
 
 class Progress(Protocol):
@@ -32,7 +33,12 @@ def silent(stage: str, done: float, total: float, note: str = "") -> None:
 
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters that hold NaN or infinity; buffers, such as masks, may."""
-    return [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    return [n for n, p in model.named_parameters() if not _finite(p.detach())]
+
+
+def _finite(t: Tensor) -> bool:
+    # in parts: the comparison takes several times the memory of what is compared
+    return all(bool(torch.isfinite(part).all()) for part in t.flatten().split(2**20))
 
 
 def first_tensor(outputs: Any) -> Tensor:
@@ -126,6 +132,7 @@ class Context:
         kept: The data last asked for, and the teacher's outputs for each batch of it.
         loss: The user's task, if there is one; else everything is learnt from the teacher.
         each: Does what passes do to every block alone.
+        offload: Where the tensors that passes make lie.
     """
 
     teacher: GraphModule
@@ -138,6 +145,7 @@ class Context:
     loss: Loss | None = None
     distance: Callable[[Tensor, Tensor], Tensor] = cosine_distance
     each: Each = map
+    offload: Offload = field(default_factory=Offload)
 
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
@@ -204,6 +212,7 @@ def capture(
     data: Iterable[Batch],
     limit: int | None = None,
     names: Sequence[str] | None = None,
+    offload: Offload | None = None,
 ) -> dict[str, Tensor]:
     """Inputs of every block, rows of real tokens only: ``{name: [rows, d]}``.
 
@@ -214,17 +223,26 @@ def capture(
         data: Batches, run in order.
         limit: Stop after this many rows (of the first block).
         names: Other modules to look at, in place of the blocks.
+        offload: Where the rows lie; by default in memory.
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in (blocks(gm) if names is None else names)}
-    count = 0
-    for _ in watch(gm, data, lambda name, _, x: rows[name].append(x), list(rows)):
+    place, count = offload or Offload(), 0
+    last: tuple[Tensor, Tensor] | None = None  # several blocks may read one tensor, in a row
+
+    def keep(name: str, _: Any, x: Tensor) -> None:
+        nonlocal last
+        if last is None or last[0] is not x:
+            last = (x, place.move(x))
+        rows[name].append(last[1])
+
+    for _ in watch(gm, data, keep, list(rows)):
         count += len(next(iter(rows.values()))[-1])
         if limit is not None and count >= limit:
             break
     joined: dict[tuple[int, ...], Tensor] = {}
     for parts in rows.values():
         key = tuple(map(id, parts))
-        joined[key] = joined[key] if key in joined else torch.cat(parts)
+        joined[key] = joined[key] if key in joined else place.join(parts)
     return {name: joined[tuple(map(id, parts))] for name, parts in rows.items()}
 
 
@@ -361,6 +379,8 @@ def trainable(gm: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[Non
         yield
     finally:
         gm.requires_grad_(False)
+        for p in parameters:
+            p.grad = None
 
 
 def paced(steps: int, seconds: float) -> Iterator[tuple[int, float]]:

@@ -101,7 +101,7 @@ def taus_at(
         shares: For each of which thresholds are returned.
         even: The same share in every block; else as :mod:`.allot` gives it to each.
     """
-    inputs = capture(gm, context.held_out, 8192)
+    inputs = capture(gm, context.held_out, 8192, offload=context.offload)
     result: list[dict[str, float]] = [{} for _ in shares]
     if even:
         wanted = [dict.fromkeys(inputs, share) for share in shares]

@@ -3,7 +3,6 @@
 The dense form of a block that replaced a linear layer is that layer, as it was in the teacher.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,7 +34,7 @@ class Choose(Pass):
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Mark as dense the blocks of ``gm`` that do not pay."""
-        inputs = capture(gm, context.held_out, max(self.rows))
+        inputs = capture(gm, context.held_out, max(self.rows), offload=context.offload)
         curves = Curves.load()
         stats: dict[str, Any] = {}
         for name, block in blocks(gm).items():
@@ -58,7 +57,7 @@ class Choose(Pass):
             block.dense = max(ratios.values()) * self.margin <= 1
             stats[name] = {"speedup": ratios, "kept": not block.dense}
             if block.dense and block.linear:
-                gm.set_submodule(name, copy.deepcopy(context.teacher.get_submodule(name)))
+                gm.set_submodule(name, context.offload.copy(context.teacher.get_submodule(name)))
             context.progress(self.name, len(stats), len(inputs), name)
         curves.store()
         return PassResult(gm, not all(s["kept"] for s in stats.values()), stats)

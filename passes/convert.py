@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .find import Found
 from .finetune import Finetune
 from .gate_route import GateRoute
 from .lift import blocks, lift, search
+from .offload import Offload
 from .pipeline import run, spec
 from .project import Project, too_narrow
 from .recover import Recover
@@ -134,6 +136,7 @@ def convert(
     progress: Progress = silent,
     seed: int = 0,
     each: Each = map,
+    offload: str | Path | None = None,
 ) -> Converted:
     """Convert a model: without labels, or as it is fine-tuned on a task.
 
@@ -169,16 +172,21 @@ def convert(
         seed: Of every random choice.
         each: Where the passes that treat blocks apart do so; by default here, one after another.
             :func:`skimp.runtime.cluster.on_ray` gives one for a cluster, of the same result.
+        offload: A folder on a disk for what else would be in memory: each copy of the model, of
+            the rows that passes learn from, and of what optimisers know. The result has the same
+            bits, and lies there too; the files have no names and vanish with the process.
 
     Raises:
         NothingToConvertError: No feed-forward network was found, or no attention projection
             where these are asked for; says what came near.
         BadWeightsError: The model holds NaN or infinity.
         CalibrationError: Too little data.
+        UnwritableError: A folder cannot be written, or its disk is full.
         TraceError: The model cannot be captured as one graph.
     """
     check_weights(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    place = Offload(offload)
     train, held = (on_device(part, device) for part in _divide(data, held_out))
     teacher, found = prepare(
         model,
@@ -187,8 +195,10 @@ def convert(
         router_width=router_width,
         projections=projections,
         seed=seed,
+        offload=place,
     )
-    context = Context(teacher, train, held, output or pooled, progress, seed, loss=loss, each=each)
+    context = Context(teacher, train, held, output or pooled, progress, seed, loss=loss)
+    context.each, context.offload = partial(place.each, each), place
     if output is None:
         with torch.no_grad():
             if reads_logits(call(teacher, train[0])):
@@ -197,12 +207,12 @@ def convert(
     steps = usual if passes is None else list(passes)
     options = f"{expert_size},{router_width},{seed}" + (f",{_named(loss)}" if loss else "")
     identity = fingerprint(teacher, [*train, *held], options)
-    student = copy.deepcopy(teacher)
+    student = place.copy(teacher)
     for block in blocks(teacher).values():
         block.dense = True
-    place = Path(folder) if folder else None
-    with nullcontext() if place is None else alone(place, "converting into"):
-        gm, history = run(steps, student, context, folder=place, identity=identity)
+    stages = Path(folder) if folder else None
+    with nullcontext() if stages is None else alone(stages, "converting into"):
+        gm, history = run(steps, student, context, folder=stages, identity=identity)
     gm.meta["skimp.pipeline"] = spec(steps)
     return Converted(gm, teacher, found, history)
 
@@ -215,6 +225,7 @@ def prepare(
     router_width: int = 64,
     projections: bool = False,
     seed: int = 0,
+    offload: Offload | None = None,
 ) -> tuple[GraphModule, Found]:
     """Trace a model and lift its networks, its projections if asked to: the same function."""
     was_training = model.training
@@ -226,12 +237,13 @@ def prepare(
                 expert_size=expert_size,
                 router_width=router_width,
                 projections=projections,
+                offload=offload,
             )
         finally:
             model.train(was_training)
     lifted.gm.requires_grad_(False)
     # Parameters are shared with the user's model until here; training must not reach them.
-    return copy.deepcopy(lifted.gm), lifted.found
+    return (offload or Offload()).copy(lifted.gm), lifted.found
 
 
 def explain(model: nn.Module, example: Mapping[str, Any]) -> Found:

@@ -87,7 +87,8 @@ class Finetune(Pass):
         )
         stream = cycle(context.train)
         stats: dict[str, float] = {}
-        with trainable(gm, body), replaced(gm, dict(watched)):
+        offloaded = context.offload.training(optimizer)
+        with trainable(gm, body), offloaded, replaced(gm, dict(watched)):
             for step, fraction in paced(self.steps, self.seconds):
                 batch = next(stream)
                 for w in watched.values():

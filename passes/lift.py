@@ -20,6 +20,7 @@ from ..ir.errors import NothingToConvertError
 from ..ir.site import FFNSite, ProjectionSite
 from .attention import find_projections
 from .find import Found, find, table
+from .offload import Offload
 from .place import Place, places
 
 
@@ -39,7 +40,12 @@ def search(gm: GraphModule) -> Found:
 
 
 def lift(
-    gm: GraphModule, *, expert_size: int = 8, router_width: int = 64, projections: bool = False
+    gm: GraphModule,
+    *,
+    expert_size: int = 8,
+    router_width: int = 64,
+    projections: bool = False,
+    offload: Offload | None = None,
 ) -> Lifted:
     """Replace each site by a module that computes the same; ``gm`` is changed in place.
 
@@ -48,12 +54,14 @@ def lift(
         expert_size: Neurons per expert; where it does not divide ``d_ff``, the nearest divisor.
         router_width: Hidden width of the routers.
         projections: Lift the attention projections too.
+        offload: Where the blocks lie; by default in memory.
 
     Raises:
         NothingToConvertError: The graph holds no feed-forward network, or no projection where
             these are asked for; says what came near.
     """
     found = search(gm) if projections else find(gm)
+    made = offload or Offload()
     for what, held in (
         ("feed-forward network", found.sites),
         ("attention projection", found.projections or not projections),
@@ -72,7 +80,7 @@ def lift(
         if key not in blocks:
             blocks[key] = _unused_name(gm, site.name)
             size = nearest_divisor(site.d_ff, expert_size)
-            gm.add_submodule(blocks[key], _block(gm, site, size, router_width))
+            gm.add_submodule(blocks[key], made.move(_block(gm, site, size, router_width)))
         _replace(gm, nodes[site.output_node], nodes[site.input_node], blocks[key], site, place)
     for output, group in groupby(found.projections, lambda s: s.output_node):
         parts = list(group)
@@ -81,7 +89,7 @@ def lift(
             columns = (part.weight, part.columns)
             if columns not in blocks:
                 blocks[columns] = _unused_name(gm, part.name)
-                gm.add_submodule(blocks[columns], _projection(gm, part, expert_size))
+                gm.add_submodule(blocks[columns], made.move(_projection(gm, part, expert_size)))
             names.append(blocks[columns])
         first = parts[0]
         place = place_of[len(found.sites) + found.projections.index(first)]

@@ -1,6 +1,5 @@
 """Run passes in order: copy, apply, verify, record; store each finished stage and go on from it."""
 
-import copy
 import os
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from ..ir.text import BlockLine
 from .base import Context, Pass, call, not_finite
 from .data import Batch
 from .lift import blocks
+from .offload import Offload
 
 
 def run(
@@ -46,12 +46,13 @@ def run(
     """
     fuel = int(os.environ.get("SKIMP_FUEL", len(passes)))
     plan = [str(p) for p in passes[:fuel]]
-    gm, history = _resume(gm, plan, folder, identity)
+    gm, history = _resume(gm, plan, folder, identity, context.offload)
     verify(gm, context.held_out[0], "the input", [])
     for p in passes[len(history) : fuel]:
         start = time.monotonic()
+        student = context.offload.copy(gm)
         context.progress(p.name, 0, 1)
-        result = p.run(copy.deepcopy(gm), context)
+        result = p.run(student, context)
         seconds = time.monotonic() - start
         gm = result.gm
         verify(gm, context.held_out[0], p.name, [str(r["pass"]) for r in history])
@@ -95,7 +96,7 @@ def verify(gm: GraphModule, batch: Batch, name: str, before: Sequence[str]) -> N
 
 
 def _resume(
-    gm: GraphModule, plan: Sequence[str], folder: Path | None, identity: str
+    gm: GraphModule, plan: Sequence[str], folder: Path | None, identity: str, offload: Offload
 ) -> tuple[GraphModule, list[dict[str, Any]]]:
     if folder is None or not (folder / artefact.INDEX).exists():
         return gm, []
@@ -107,12 +108,12 @@ def _resume(
     done = [str(r["pass"]) for r in history]
     if record.get("identity") != identity or done != list(plan[: len(done)]):
         return gm, []
-    resumed = copy.deepcopy(gm)
+    resumed = offload.copy(gm)
     try:
         artefact.read_into(folder, resumed)
     except ArtefactError:  # damaged since: begin again rather than go on from it
         return gm, []
-    return resumed, history
+    return offload.move(resumed), history
 
 
 def _mark(gm: GraphModule, name: str) -> None:

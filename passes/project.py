@@ -80,7 +80,7 @@ class Project(Sparsify):
                 "project found no attention projection; convert with projections=True, which "
                 "lifts them, or leave the pass out"
             )
-        inputs = capture(context.teacher, context.train, self.rows, list(found))
+        inputs = capture(context.teacher, context.train, self.rows, list(found), context.offload)
         made: dict[str, DynkFFN] = {}
         stays: list[str] = []
         with torch.random.fork_rng():
@@ -90,7 +90,7 @@ class Project(Sparsify):
                 if block is None:
                     stays.append(name)
                     continue
-                gm.set_submodule(name, block)
+                gm.set_submodule(name, context.offload.move(block))
                 made[name] = block
         del inputs
         stats: dict[str, Any] = {"blocks": {}}

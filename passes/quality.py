@@ -134,7 +134,7 @@ def reference_outputs(
             want = context.output(call(context.teacher, batch), batch)
         size += want.numel() * want.element_size()
         if size <= limit:
-            found.append(want)
+            found.append(context.offload.move(want))
         yield want
     if size <= limit:
         context.kept = (data, found)

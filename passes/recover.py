@@ -134,7 +134,9 @@ class Recover(Pass):
         found = None if self.even else options(gm, context)
         stream, device = cycle(context.train), device_of(gm)
         stats: dict[str, Any] = {}
-        with trainable(gm, [*body, *routers]), replaced(gm, dict(gated)):
+        learning = trainable(gm, [*body, *routers])
+        offloaded = context.offload.training(optimizer)
+        with learning, offloaded, replaced(gm, dict(gated)):
             for step, fraction in paced(self.steps, self.seconds):
                 wobble = float(torch.empty(1).uniform_(-1, 1, generator=generator))
                 share = self.share + (1 - self.share) / 2 * max(0.0, 1 - fraction / 0.3)

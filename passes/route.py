@@ -37,7 +37,9 @@ class Split(Pass):
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Permute the neurons of every block."""
-        inputs = capture(gm, context.train, self.rows) if self.rows else {}
+        inputs: dict[str, Tensor] = {}
+        if self.rows:
+            inputs = capture(gm, context.train, self.rows, offload=context.offload)
         found = _learned(gm)
         jobs = ((block, inputs.pop(name, None), context.seed) for name, block in found.items())
         for i, (name, block) in enumerate(zip(found, context.each(self._split, jobs), strict=True)):
@@ -87,7 +89,7 @@ class Route(Pass):
         """
         if self.predicts not in PREDICTIONS:
             raise ValueError(f"predicts is {self.predicts!r}; it is one of {sorted(PREDICTIONS)}")
-        inputs = capture(gm, context.train, self.tokens)
+        inputs = capture(gm, context.train, self.tokens, offload=context.offload)
         found, unexplained = _learned(gm), {}
         jobs = ((block, inputs.pop(name), context.seed) for name, block in found.items())
         for i, (name, fitted) in enumerate(zip(found, context.each(self._fit, jobs), strict=True)):

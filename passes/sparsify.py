@@ -96,7 +96,7 @@ class Sparsify(Pass):
         with trainable(gm, learning):
             while (fraction := self._fraction(done, start)) < 1:
                 limit = min(self.chunk, self.tokens - done)
-                inputs = capture(context.teacher, stream, limit, list(students))
+                inputs = capture(context.teacher, stream, limit, list(students), context.offload)
                 held = len(inputs[next(iter(students))])
                 fit = partial(self._fit, fraction=fraction, seed=context.seed + done, narrow=narrow)
                 jobs = (
@@ -146,4 +146,5 @@ class Sparsify(Pass):
                 loss.backward()
                 optimizer.step()
                 zeros = (active.detach() == 0).float().mean()
+        optimizer.zero_grad(set_to_none=True)  # else those of all layers stay until the next chunk
         return block, optimizer, {"error": error.item(), "zeros": zeros.item()}

@@ -3,8 +3,6 @@
 Nothing of Ray is imported before it is asked for.
 """
 
-import ctypes
-import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,11 +13,10 @@ import torch
 
 from ..ir.errors import ClusterError, first_line
 from ..passes.base import Each
+from ..passes.offload import return_memory
 
 RETRIES = 3
 """How often a piece of work begins again after its worker died."""
-_MMAP_THRESHOLD = -3
-"""From ``malloc.h``: allocations of so many bytes go back to the system when they are freed."""
 
 
 @contextmanager
@@ -92,21 +89,9 @@ def _alone(work: Callable[[Any], Any], item: Any, threads: int) -> Any:
     import ray
 
     _share_tensors(ray)
-    _return_memory()
+    return_memory()
     torch.set_num_threads(threads)
     return work(item)
-
-
-def _return_memory() -> None:
-    """Hold nothing of the layer before, and give back what is freed of the next one at once.
-
-    Optimisers hold themselves in cycles. The C library keeps freed memory for later allocations,
-    and learns to do so with ever larger ones, among which a layer's weights then lie.
-    """
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def _share_tensors(ray: Any) -> None:

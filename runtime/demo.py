@@ -111,6 +111,7 @@ def convert_text_model(
     projections: bool = False,
     progress: Progress = silent,
     each: Each = map,
+    offload: Path | None = None,
 ) -> tuple[Converted, Context]:
     """Convert a model on passages, some of which choose the thresholds, and save it.
 
@@ -124,6 +125,7 @@ def convert_text_model(
         projections: See :func:`convert`.
         progress: Told how far a stage has come.
         each: See :func:`convert`.
+        offload: See :func:`convert`.
 
     Returns:
         The conversion, and what it worked with.
@@ -143,6 +145,7 @@ def convert_text_model(
         folder=stages,
         progress=progress,
         each=each,
+        offload=offload,
     )
     save(converted.model, out, data[0])
     return converted, Context(converted.teacher, data, held)

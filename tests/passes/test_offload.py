@@ -1,0 +1,163 @@
+"""Weights in mapped files: the same bits, less memory than the model takes, and no file left."""
+
+import copy
+import resource
+from pathlib import Path
+
+import pytest
+import skimp
+import torch
+from skimp.ir.errors import UnwritableError, out_of_memory
+from skimp.passes.budget import Budget
+from skimp.passes.convert import recipe
+from skimp.passes.finetune import Finetune
+from skimp.passes.offload import Offload, return_memory
+from skimp.passes.project import Project
+from skimp.passes.recover import Recover
+from skimp.passes.route import Route, Split
+from skimp.passes.sparsify import Relufy, Sparsify
+
+transformers = pytest.importorskip("transformers")
+
+LIMIT = 96 * 2**20
+
+
+def bert():
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=128,
+        )
+    ).eval()  # fmt: skip
+
+
+def data(count=4, length=8):
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 60, (8, length), generator=g) for _ in range(count)]
+    return [dict(input_ids=r, attention_mask=torch.ones_like(r), labels=r[:, 0] % 2) for r in rows]
+
+
+def loss(outputs, batch):
+    return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
+
+
+PASSES = [
+    Project(tokens=128, chunk=64, batch=32, overhead=1.0),
+    Relufy(),
+    Sparsify(tokens=128, chunk=64, batch=32),
+    Finetune(steps=2),
+    Split(),
+    Route(tokens=64, steps=5),
+    Recover(steps=2, even=False),
+    Budget("flops <= 0.9"),
+]
+
+
+def converted(**more):
+    options = dict(passes=PASSES, expert_size=4, router_width=4, projections=True, loss=loss)
+    return skimp.convert(bert(), data(), **options | more)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_pass_has_the_same_bits_and_leaves_no_file(tmp_path):
+    assert {type(p) for p in PASSES} >= {type(p) for p in recipe(task=True)[:-1]}
+    done = converted(offload=tmp_path / "files")
+    assert same(done.model, converted().model)
+    assert not list((tmp_path / "files").iterdir())
+    lie = [p.untyped_storage().filename for p in done.model.parameters() if p.nbytes >= 4096]
+    assert lie
+    assert all(lie)
+    skimp.save(done.model, tmp_path / "saved", data()[0])
+    labels = {k: v for k, v in data()[0].items() if k != "labels"}
+    again = skimp.load(tmp_path / "saved", bert())
+    assert torch.equal(again(**labels).logits, done.model(**labels).logits)
+
+
+def test_stages_are_gone_on_from_with_and_without(tmp_path):
+    stages = []
+    converted(folder=tmp_path / "stages", passes=PASSES[:3])
+    options = dict(folder=tmp_path / "stages", offload=tmp_path / "files")
+    done = converted(**options, progress=lambda stage, *_: stages.append(stage))
+    assert stages[0] == "finetune"
+    assert same(done.model, converted().model)
+
+
+def llama(**more):
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=512, hidden_size=384, intermediate_size=1536, num_hidden_layers=16,
+        num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | more)).eval()
+
+
+def short(model, **more):
+    batches = [{k: v for k, v in b.items() if k != "labels"} for b in data(3, 4)]
+    passes = [
+        Relufy(),
+        Sparsify(tokens=64, chunk=32, epochs=1),
+        Split(rows=32),
+        Route(tokens=64, steps=2),
+        Recover(steps=1),
+    ]
+    return skimp.convert(model, batches, passes=passes, expert_size=64, router_width=8, **more)
+
+
+def private():
+    """Bytes of private memory that this process may write, as the limit counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmData"))
+
+
+def test_sharded_weights_larger_than_the_memory_there_is(tmp_path):
+    source = llama()
+    assert sum(p.nbytes for p in source.parameters()) > LIMIT
+    source.save_pretrained(tmp_path / "model", max_shard_size="30MB")
+    del source
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
+    short(llama(num_hidden_layers=1))  # loads all that a conversion needs
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    before = copy.deepcopy(model.model.layers[3].state_dict())
+    return_memory()
+    old = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (private() + LIMIT, old[1]))
+    try:
+        done = short(model, offload=tmp_path / "files")
+        skimp.save(done.model, tmp_path / "saved", data()[0])
+        with pytest.raises((RuntimeError, MemoryError)) as lack:
+            short(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, old)
+    assert out_of_memory(lack.value)
+    assert same(done.model, short(model).model)
+    now = model.model.layers[3].state_dict()
+    assert all(torch.equal(before[k], now[k]) for k in before)
+
+
+def test_copies_keep_layout_ties_and_what_learns(tmp_path):
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(torch.randn(40, 50).T, requires_grad=False)
+    module.b = module.a
+    module.small = torch.nn.Parameter(torch.randn(3))
+    module.register_buffer("mask", torch.ones(2000, dtype=torch.int64))
+    made = Offload(tmp_path).copy(module)
+    assert made.a is made.b
+    assert made.a.data_ptr() != module.a.data_ptr()
+    assert made.a.stride() == copy.deepcopy(module).a.stride() == (1, 50)
+    assert not made.a.requires_grad
+    assert same(made, module)
+    assert made.small.requires_grad
+    assert made.mask.untyped_storage().filename
+    parts = [torch.randn(n, 700, dtype=torch.bfloat16) for n in (3, 1, 5)]
+    assert torch.equal(Offload(tmp_path).join(parts), torch.cat(parts))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnwritableError, match="file cannot be written"):
+        converted(offload=tmp_path / "file")
