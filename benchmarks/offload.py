@@ -52,7 +52,7 @@ network of {network:.1f} MB:
 
 {table}
 With `offload` the process was allowed {spare:.0f} MB of private memory by the kernel
-(`RLIMIT_DATA`); {limited}. It took {times:.1f} times as long as all in memory.
+(`RLIMIT_DATA`); {limited}.
 """
 
 
@@ -224,7 +224,6 @@ def write(found):
         table=table(head, rows),
         spare=found["spare"] / 1e6,
         limited=limited,
-        times=ours["seconds"] / plain["seconds"],
     )
     replace_section(ROOT / "docs" / "ray.md", "offload", page)
     if found["same"] != found["tensors"] or ours["failed"] or not stop:

@@ -1,6 +1,8 @@
 """Memory in huge pages: contents, alignment, and that it lives as long as it is used."""
 
 import gc
+import math
+import mmap
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,13 @@ def flags_of(tensor):
     raise AssertionError("the memory is not mapped")
 
 
+def fresh(*shape):
+    """Memory that nobody had before, who might have asked for large pages there."""
+    size = 4 * math.prod(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32).view(*shape)
+
+
 large_pages = pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has none"
 )
@@ -59,7 +68,7 @@ def test_huge_pages_are_asked_for():
 @torch.no_grad()
 def test_weights_that_kernels_read_come_into_them():
     g = torch.Generator().manual_seed(0)
-    w_in, w_out = (torch.randn(2048, 512, generator=g) for _ in range(2))
+    w_in, w_out = (fresh(2048, 512).normal_(generator=g) for _ in range(2))
     x, scores = torch.randn(3, 512, generator=g), torch.rand(3, 256, generator=g)
     assert "hg" not in flags_of(w_in)
     before = w_in.clone()
