@@ -103,9 +103,13 @@ class Offload:
             yield from each(work, items)
             return
         return_memory()
-        for result in each(work, items):
-            yield self.move(result)
-            return_memory()
+        gc.freeze()  # or each layer's turn would end with a look at all objects of the process
+        try:
+            for result in each(work, items):
+                yield self.move(result)
+                return_memory()
+        finally:
+            gc.unfreeze()
 
     @contextmanager
     def training(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:

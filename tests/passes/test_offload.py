@@ -59,15 +59,20 @@ def converted(**more):
     return skimp.convert(bert(), data(), **options | more)
 
 
+@pytest.fixture(scope="module")
+def in_memory():
+    return converted().model
+
+
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_every_pass_has_the_same_bits_and_leaves_no_file(tmp_path):
+def test_every_pass_has_the_same_bits_and_leaves_no_file(tmp_path, in_memory):
     assert {type(p) for p in PASSES} >= {type(p) for p in recipe(task=True)[:-1]}
     done = converted(offload=tmp_path / "files")
-    assert same(done.model, converted().model)
+    assert same(done.model, in_memory)
     assert not list((tmp_path / "files").iterdir())
     lie = [p.untyped_storage().filename for p in done.model.parameters() if p.nbytes >= 4096]
     assert lie
@@ -78,20 +83,20 @@ def test_every_pass_has_the_same_bits_and_leaves_no_file(tmp_path):
     assert torch.equal(again(**labels).logits, done.model(**labels).logits)
 
 
-def test_stages_are_gone_on_from_with_and_without(tmp_path):
+def test_stages_are_gone_on_from_with_and_without(tmp_path, in_memory):
     stages = []
     converted(folder=tmp_path / "stages", passes=PASSES[:3])
     options = dict(folder=tmp_path / "stages", offload=tmp_path / "files")
     done = converted(**options, progress=lambda stage, *_: stages.append(stage))
     assert stages[0] == "finetune"
-    assert same(done.model, converted().model)
+    assert same(done.model, in_memory)
 
 
 def llama(**more):
     torch.manual_seed(0)
     config = dict(
-        vocab_size=512, hidden_size=384, intermediate_size=1536, num_hidden_layers=16,
-        num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True,
+        vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | more)).eval()
 
