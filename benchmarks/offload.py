@@ -21,13 +21,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
 from cluster import CHUNK, EVERY, RECIPE, status
 from page import replace_section, table
 from skimp.ir.cost import write_atomically
 from skimp.ir.errors import out_of_memory
 from skimp.ir.measure import machine
-from skimp.passes.convert import convert
+from skimp.passes.convert import bytes_of, convert
 from skimp.passes.data import embedded_text
 from skimp.passes.lift import lifted_layers
 from skimp.passes.offload import return_memory
@@ -104,7 +103,6 @@ def child(args):
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     watch = Watch()
     told = {"layers": len(model.model.layers), "idle": idle["RssAnon"], "failed": None}
-    start = time.monotonic()
     try:
         offload = args.place / "offload" if args.offload else None
         done = short(
@@ -118,14 +116,10 @@ def child(args):
         told["failed"] = watch.stage
     else:
         state = done.model.state_dict()
-        told["digests"] = {
-            n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-            for n, t in state.items()
-        }
+        told["digests"] = {n: hashlib.sha256(bytes_of(t)).hexdigest() for n, t in state.items()}
         told["bytes"] = sum(t.nbytes for t in state.values())
         layer = next(iter(lifted_layers(done.model).values()))
         told["network"] = sum(p.nbytes for p in layer.parameters())
-    told["seconds"] = time.monotonic() - start
     told["peaks"] = {s: max(0, n - idle["RssAnon"]) for s, n in watch.peaks.items()}
     args.out.write_text(json.dumps(told))
 

@@ -227,15 +227,7 @@ def capture(
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in (blocks(gm) if names is None else names)}
     place, count = offload or Offload(), 0
-    last: tuple[Tensor, Tensor] | None = None  # several blocks may read one tensor, in a row
-
-    def keep(name: str, _: Any, x: Tensor) -> None:
-        nonlocal last
-        if last is None or last[0] is not x:
-            last = (x, place.move(x))
-        rows[name].append(last[1])
-
-    for _ in watch(gm, data, keep, list(rows)):
+    for _ in watch(gm, data, lambda name, _, x: rows[name].append(x), list(rows), place):
         count += len(next(iter(rows.values()))[-1])
         if limit is not None and count >= limit:
             break
@@ -251,6 +243,7 @@ def watch(
     data: Iterable[Batch],
     look: Callable[[str, Any, Tensor], None],
     names: Sequence[str] | None = None,
+    offload: Offload | None = None,
 ) -> Iterator[tuple[Batch, Any]]:
     """Run a model without gradients and show what enters each block.
 
@@ -259,17 +252,19 @@ def watch(
         data: Batches, run in order.
         look: Called with a block's name, the block, and its input's rows of real tokens.
         names: Other modules to look at, in place of the blocks.
+        offload: Where the rows lie that are shown; by default in memory.
 
     Yields:
         Each batch with the model's output.
     """
+    place = offload or Offload()
     mask: Tensor | None = None
     last: tuple[Tensor, Tensor] | None = None  # several blocks may read one tensor, in a row
 
     def see(name: str, block: Any, x: Tensor) -> None:
         nonlocal last
         if last is None or last[0] is not x:
-            last = (x, real_rows(x.detach(), mask))
+            last = (x, place.move(real_rows(x.detach(), mask)))
         look(name, block, last[1])
 
     with looking(gm, see, names):

@@ -197,8 +197,10 @@ def convert(
         seed=seed,
         offload=place,
     )
-    context = Context(teacher, train, held, output or pooled, progress, seed, loss=loss)
-    context.each, context.offload = partial(place.each, each), place
+    context = Context(
+        teacher, train, held, output or pooled, progress, seed,
+        loss=loss, each=partial(place.each, each), offload=place,
+    )  # fmt: skip
     if output is None:
         with torch.no_grad():
             if reads_logits(call(teacher, train[0])):
@@ -278,15 +280,18 @@ def fingerprint(gm: GraphModule, data: Sequence[Batch], options: str) -> str:
     for name, tensor in sorted(gm.state_dict().items()):
         if ".router." not in name:
             digest.update(name.encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            )
+            digest.update(bytes_of(tensor))
     for batch in data:
         for name, value in batch.items():
             digest.update(name.encode())
             if isinstance(value, Tensor):
-                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                digest.update(bytes_of(value))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """What a tensor holds, in the order of its elements, for a digest."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _divide(
