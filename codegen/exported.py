@@ -290,6 +290,22 @@ def watch_ties(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
         yield found
 
 
+@torch.no_grad()
+def tied_texts(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Texts of a batch in which a score of a block ties, for :func:`skimp.ir.measure.agree`.
+
+    Returns:
+        Bool ``[batch]``.
+    """
+    with watch_ties(model) as seen:
+        model(**inputs)
+    batch = len(next(iter(inputs.values())))
+    found = torch.zeros(batch, dtype=torch.bool)
+    for _, rows in seen:
+        found |= rows.reshape(batch, -1).any(1).cpu()
+    return found
+
+
 def needs(extra: str, *packages: str) -> None:
     """Refuse early where packages lack.
 

@@ -145,6 +145,14 @@ def test_a_speedup_of_something_else_is_refused():
         agree(torch.ones(3), torch.zeros(3), "these", 1e-3)
     with pytest.raises(VerificationError):
         agree(torch.full((3,), float("nan")), torch.ones(3), "these", 1e-3)
+    want = torch.ones(4, 3)
+    got = want * torch.tensor([1.0, 1.02, 1.0, 1.0])[:, None]
+    tied = torch.tensor([False, True, True, False])
+    assert agree(got, want, "these", 1e-3, tied) == 1
+    assert agree(got[1:2], want[:1], "these", 1e-3, tied[1:2]) == 1
+    for wrong in (got[[1, 0, 2, 3]], got.where(got == 1, 2.0), got[[0, 1, 1, 1]]):
+        with pytest.raises(VerificationError):
+            agree(wrong, want, "these", 1e-3, torch.tensor([False, True, True, True]))
     result = compare(
         {"a": lambda: sum(range(20000)), "b": lambda: sum(range(2000))}, "b", seconds=0
     )
