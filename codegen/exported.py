@@ -211,6 +211,8 @@ def coverage(model: nn.Module) -> float:
 
 def tensors_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of the keyword arguments of a call, by their names in an artefact."""
+    if all(isinstance(v, Tensor) and n.strip("_") == n for n, v in kwargs.items()):
+        return dict(kwargs)  # as the rest would, at a hundredth of a small model's time
     found = [(k, v) for k, v in tree_flatten_with_path(dict(kwargs))[0] if isinstance(v, Tensor)]
     return dict(zip(_names([k for k, _ in found]), (v for _, v in found), strict=True))
 

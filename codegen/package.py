@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
@@ -28,7 +29,7 @@ from .exported import Program, Report
 from .loaded import Loaded, append, read
 from .spec import constants_of
 
-VERSION = 1
+VERSION = 2
 LIBRARY = "skimp/kernels.so"
 
 
@@ -52,9 +53,9 @@ class _Bundle(CustomGraphPass):
         for call in calls:
             specs += _specs(by_target[call.target], [_value(a) for a in call.args])
         self.made = bundle(specs)
-        there = getattr(torch.ops, self.made.namespace)
         for call in calls:
-            call.target = getattr(there, by_target[call.target]).default
+            call.target = self.made.op(by_target[call.target])
+        config.aot_inductor.custom_ops_to_c_shims = self.made.shims
 
     def __deepcopy__(self, memo: object) -> "_Bundle":
         return self  # Inductor copies its configuration, and what is made is asked for here
@@ -110,6 +111,7 @@ def write_pt2(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
                 package_path=str(draft),
                 inductor_configs={
                     "post_grad_custom_post_pass": lowering,
+                    "aot_inductor.custom_ops_to_c_shims": {},  # `lowering` fills it
                     "always_keep_tensor_constants": True,  # else thresholds become numbers
                 },
             )

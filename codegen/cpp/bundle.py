@@ -2,7 +2,8 @@
 
 The text is library.cpp with a resolver that knows its kernels by heart, where otherwise Python is
 asked. The ops live in a namespace named by the text, so that any number of packages, and skimp
-itself, can be in one process.
+itself, can be in one process. Code that AOTInductor wrote calls them as C functions, whose names
+hold the same digest.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,10 +53,37 @@ class Bundle:
     isa: str
     data: bytes
 
+    def op(self, name: str) -> Any:
+        """One of :data:`skimp.codegen.cpp.library.OPS` in this library."""
+        return getattr(getattr(torch.ops, self.namespace), named(name, self.namespace)).default
+
+    @property
+    def shims(self) -> dict[Any, list[str]]:
+        """Declarations in C, by op, for ``aot_inductor.custom_ops_to_c_shims``."""
+        suffix = _suffix(self.namespace)
+        found = re.findall(r"^SHIM\((\w+)\)(\(.*?\)) \{", _shims_text(), re.MULTILINE | re.DOTALL)
+        return {
+            self.op(op): [f"AOTITorchError aoti_torch_cpu_{op}_{suffix}{' '.join(given.split())}"]
+            for op, given in found
+        }
+
     @property
     def sha256(self) -> str:
         """Of the file."""
         return hashlib.sha256(self.data).hexdigest()
+
+
+def _suffix(namespace: str) -> str:
+    return namespace.removeprefix("skimp_")
+
+
+def named(op: str, namespace: str) -> str:
+    """An op's name in the library of a namespace: it becomes part of a C function's."""
+    return f"{op}_{_suffix(namespace)}"
+
+
+def _shims_text() -> str:
+    return (Path(__file__).parent / "shims.cpp").read_text()
 
 
 def key_of(spec: KernelSpec | LinearSpec) -> tuple[str, str]:
@@ -107,7 +136,7 @@ def emit_library(specs: Iterable[KernelSpec | LinearSpec]) -> tuple[str, str]:
         kind, fields = key_of(spec)
         rows.append(f'    {{"{kind}", "{fields}", {{(void*)&k{i}::{kind}, {few_rows(spec)}}}}},')
     isa = listed[0].isa if listed else "portable"
-    ops = library_text()
+    ops = library_text() + _shims_text()
     # of two libraries in a process each has these to itself
     ops = ops.replace('extern "C" void ', "static void ")
     ops = ops.replace("static void skimp_forget()", "[[maybe_unused]] static void skimp_forget()")
@@ -130,7 +159,8 @@ def emit_library(specs: Iterable[KernelSpec | LinearSpec]) -> tuple[str, str]:
     key = f"{text}{torch.__version__}"
     namespace = f"skimp_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     text = re.sub(r"(STABLE_TORCH_LIBRARY(?:_IMPL)?\()skimp_cpu", rf"\g<1>{namespace}", text)
-    return text, namespace
+    text = re.sub(r'(\bm\.(?:def|impl)\(\s*"\w+)', rf"\g<1>_{_suffix(namespace)}", text)
+    return f"#define SUFFIX {_suffix(namespace)}\n{text}", namespace
 
 
 def bundle(specs: Iterable[KernelSpec | LinearSpec]) -> Bundle:
@@ -151,8 +181,14 @@ def bundle(specs: Iterable[KernelSpec | LinearSpec]) -> Bundle:
         namespace,
         (*FLAGS[isa], f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
     )
-    describe(namespace)
+    describe(namespace, f"_{_suffix(namespace)}")
+    _make_global(str(library._name))
     return Bundle(namespace, isa, Path(str(library._name)).read_bytes())
+
+
+def _make_global(path: str) -> None:
+    """Load a library, or find it loaded, so that models that are loaded later see its functions."""
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
 def check_machine(isa: str, where: str) -> None:
@@ -175,14 +211,18 @@ def load_bundle(path: Path, namespace: str) -> None:
     Raises:
         ArtefactError: It cannot be loaded.
     """
-    if all(hasattr(getattr(torch.ops, namespace), name) for name in OPS):
+
+    def there() -> bool:
+        return all(hasattr(getattr(torch.ops, namespace), named(name, namespace)) for name in OPS)
+
+    if there():
         return
     try:
-        ctypes.CDLL(str(path))
+        _make_global(str(path))
     except OSError as error:
         raise ArtefactError(
             f"the kernel library {path} cannot be loaded: {error}; export the model again with "
             f"this torch ({torch.__version__})"
         ) from error
-    if not hasattr(getattr(torch.ops, namespace), OPS[0]):
+    if not there():
         raise ArtefactError(f"{path} does not hold the ops {namespace}; it is of another package")

@@ -5,7 +5,7 @@
 // Many rows: threads take blocks of rows. Within a block every expert has the list of its rows,
 // made by counting. Few rows: threads take experts; each weight is read once for all rows that
 // need it. Either way experts are run in groups, so that a row of y is read and written once per
-// group, and the weights that come next are fetched while others are used.
+// group, and weights that come next but not adjacent are fetched while others are used.
 //
 // After ReLU a neuron whose activation is exactly zero is left out of the second product, row by
 // row: most are, even within the experts that run.
@@ -37,7 +37,21 @@ static inline float threshold(const Args& a, long row) {
   const stored* s = a.scores + row * EXPERTS;
   float most = widen(s[0]);
   bool nan = most != most;
-  for (long e = 1; e < EXPERTS; e++) {
+  long e = 1;
+  if constexpr (EXPERTS >= LANES) {
+    vf top = load(s);
+    vu odd = (vu)(top != top);
+    for (e = LANES; e + LANES <= EXPERTS; e += LANES) {
+      const vf v = load(s + e);
+      odd |= (vu)(v != v);
+      top = v > top ? v : top;
+    }
+    for (int i = 0; i < LANES; i++) {
+      most = top[i] > most ? top[i] : most;
+      nan |= odd[i] != 0;
+    }
+  }
+  for (; e < EXPERTS; e++) {
     float v = widen(s[e]);
     nan |= v != v;
     most = v > most ? v : most;
@@ -162,12 +176,15 @@ static void group(const Args& a, Scratch& s, const int32_t* ids, long experts, l
         neurons_of<E>(n, from, w, out, fetch);
       }
     };
-    const Fetch in_rows(a.w_in + following * E * D, bytes, calls);
+    // what follows in memory the processor fetches by itself
+    const auto ahead = [&](const stored* w) {
+      return following == e + 1 ? Fetch() : Fetch(w + following * E * D, bytes, calls);
+    };
     if (GATED) {
-      project(a.w_gate + e * E * D, gates, in_rows);
-      project(a.w_in + e * E * D, to, Fetch(a.w_gate + following * E * D, bytes, calls));
+      project(a.w_gate + e * E * D, gates, ahead(a.w_in));
+      project(a.w_in + e * E * D, to, ahead(a.w_gate));
     } else {
-      project(a.w_in + e * E * D, to, in_rows);
+      project(a.w_in + e * E * D, to, ahead(a.w_in));
     }
     for (long i = 0; i < n; i++) {
       const long r = rows[i];
@@ -263,21 +280,32 @@ static int many_rows(const Args& a, int threads) {
   return failed;
 }
 
+// Bit r of rows[e]: row r runs expert e.
+static void choose(const Args& a, uint64_t* rows) {
+  float t[FEW];
+  for (long r = 0; r < a.rows; r++) t[r] = threshold(a, r);
+  long e = 0;
+  for (; e + LANES <= EXPERTS; e += LANES) {
+    vu word[FEW / 32] = {};
+    for (long r = 0; r < a.rows; r++) {
+      vf v = load(a.scores + r * EXPERTS + e);
+      if (SCORED) v = (vf)((vu)v & 0x7fffffffu);
+      word[r / 32] |= ~(vu)(v < splat(t[r])) & (1u << r % 32);
+    }
+    for (int i = 0; i < LANES; i++) rows[e + i] = word[0][i] | (uint64_t)word[1][i] << 32;
+  }
+  if constexpr (EXPERTS % LANES)
+    for (; e < EXPERTS; e++) {
+      rows[e] = 0;
+      for (long r = 0; r < a.rows; r++) rows[e] |= (uint64_t)runs(a, r, e, t[r]) << r;
+    }
+}
+
 static int few_rows(const Args& a, int threads) {
   const long size = a.rows * D_OUT;
   Buffer<float> y(size * threads);
   Buffer<operand> wide(WIDEN ? a.rows * D : 1);
-  Buffer<int32_t> active(EXPERTS);
-  if (!y.p || !wide.p || !active.p) return 1;
-  float t[FEW];
-  for (long r = 0; r < a.rows; r++) t[r] = threshold(a, r);
-  long some = 0;
-  for (long e = 0; e < EXPERTS; e++) {
-    bool any = false;
-    for (long r = 0; r < a.rows; r++) any |= runs(a, r, e, t[r]);
-    active.p[some] = int32_t(e);
-    some += any;
-  }
+  if (!y.p || !wide.p) return 1;
   const operand* x = rows_as_operands(a.x, a.rows, wide.p);
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -286,15 +314,25 @@ static int few_rows(const Args& a, int threads) {
     float* mine = y.p + me * size;
     std::memset(mine, 0, size * sizeof(float));
     Scratch s(a.rows);
-    failed = !s.ok();
+    Buffer<uint64_t> chosen(EXPERTS);
+    Buffer<int32_t> active(EXPERTS);
+    failed = !s.ok() || !chosen.p || !active.p;
+    long some = 0;
+    if (!failed) {  // every thread for itself: it is less than a meeting
+      choose(a, chosen.p);
+      for (long e = 0; e < EXPERTS; e++) {
+        active.p[some] = int32_t(e);
+        some += chosen.p[e] != 0;
+      }
+    }
     const long end = some * (me + 1) / all;
-    for (long g = some * me / all; g < end && !failed; g += EXPERTS_PER_GROUP) {
+    for (long g = some * me / all; g < end; g += EXPERTS_PER_GROUP) {
       const long n = std::min(EXPERTS_PER_GROUP, end - g);
       uint16_t list[FEW];
       const auto rows_of = [&](long j, const uint16_t*& rows) -> long {
         long k = 0;
-        for (long r = 0; r < a.rows; r++)
-          if (runs(a, r, active.p[g + j], t[r])) list[k++] = uint16_t(r);
+        for (uint64_t left = chosen.p[active.p[g + j]]; left; left &= left - 1)
+          list[k++] = uint16_t(__builtin_ctzll(left));
         rows = list;
         return k;
       };
@@ -302,11 +340,12 @@ static int few_rows(const Args& a, int threads) {
       group<false>(a, s, active.p + g, n, a.rows, x, mine, rows_of, next);
     }
 #pragma omp barrier
-    for (long r = size * me / all; r < size * (me + 1) / all; r++) {
-      float total = B_OUT ? widen(a.b_out[r % D_OUT]) : 0.0f;
-      for (int k = 0; k < all; k++) total += y.p[k * size + r];
-      narrow(total, a.y + r);
-    }
+    for (long r = 0; r < a.rows; r++)
+      for (long c = D_OUT * me / all; c < D_OUT * (me + 1) / all; c++) {
+        float total = B_OUT ? widen(a.b_out[c]) : 0.0f;
+        for (int k = 0; k < all; k++) total += y.p[k * size + r * D_OUT + c];
+        narrow(total, a.y + r * D_OUT + c);
+      }
   }
   return failed;
 }

@@ -68,21 +68,27 @@ def load(resolver: Resolver) -> ctypes.CDLL:
 
 
 @functools.cache
-def describe(namespace: str) -> None:
-    """Tell tracing about the shapes that registered ops return, and that they have no gradient."""
+def describe(namespace: str, suffix: str = "") -> None:
+    """Tell tracing about the shapes that registered ops return, and that they have no gradient.
+
+    Args:
+        namespace: Of the ops.
+        suffix: Of their names.
+    """
     register = torch.library.register_fake
-    register(f"{namespace}::linear", lambda x, w, b: _rows(x, w.shape[0]))
-    register(f"{namespace}::linears", lambda x, ws, bs: [_rows(x, w.shape[0]) for w in ws])
+    register(f"{namespace}::linear{suffix}", lambda x, w, b: _rows(x, w.shape[0]))
+    register(f"{namespace}::linears{suffix}", lambda x, ws, bs: [_rows(x, w.shape[0]) for w in ws])
     register(
-        f"{namespace}::dynk_ffn",
+        f"{namespace}::dynk_ffn{suffix}",
         lambda x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, *_: _rows(x, w_out.shape[1]),
     )
     register(
-        f"{namespace}::routed_ffn",
+        f"{namespace}::routed_ffn{suffix}",
         lambda x, down, up, tau, w_in, b_in, w_gate, b_gate, w_out, *_: _rows(x, w_out.shape[1]),
     )
     for name in OPS:  # nothing to differentiate, so nothing to look at
-        torch.library.impl(f"{namespace}::{name}", "Autograd", torch.library.fallthrough_kernel)
+        op = f"{namespace}::{name}{suffix}"
+        torch.library.impl(op, "Autograd", torch.library.fallthrough_kernel)
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

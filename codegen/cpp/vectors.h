@@ -197,10 +197,12 @@ static inline __attribute__((always_inline)) void dots(const stored* const* x, c
 template <int R, long E, class X, class W>
 static inline void neurons(const X* const* x, const W* w, float* const* out) {
   // as many sums as there are registers for, beside the rows and a weight
-  constexpr int N = R == 1   ? (E % 8 == 0 ? 8 : E % 6 == 0 ? 6 : 4)
-                    : R == 2 ? 6
-                    : R == 4 ? 3
-                             : 4;
+  constexpr bool EIGHTS = E % 8 == 0 && LANES == 16 && R <= 3;
+  constexpr int N = EIGHTS                    ? 8
+                    : R == 1                  ? (E % 8 == 0 ? 8 : E % 6 == 0 ? 6 : 4)
+                    : R == 2                  ? 6
+                    : R == 4 && LANES != 16   ? 3
+                                              : 4;
   float* to[R];
   auto tile = [&](auto size, long n) {
     for (int r = 0; r < R; r++) to[r] = out[r] + n;
@@ -221,6 +223,10 @@ static inline void neurons_of(long count, const X* const* x, const W* w, float* 
     fetch.some();
     if (R == 6) fetch.some();  // its share is for three rows
     neurons<R, E>(x + r, w, out + r);
+  }
+  if (R == 6 && count - r >= 4) {
+    if (count - r == 5) return neurons<5, E>(x + r, w, out + r);
+    return neurons<4, E>(x + r, w, out + r);
   }
   if (R > 3 && count - r >= 3) neurons<3, E>(x + r, w, out + r), r += 3;
   if (count - r >= 2) neurons<2, E>(x + r, w, out + r), r += 2;
