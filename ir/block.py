@@ -261,11 +261,11 @@ class DynkFFN(nn.Module):
 
     def selected(self, x: Tensor) -> Tensor:
         """Which experts run: bool ``[.., E]``."""
-        return op.select(self.scores(x), self.tau, self._op_act)
+        return op.select(self.scores(x), self.tau, self.op_act)
 
     def tied(self, x: Tensor) -> Tensor:
         """The rows in which rounding decides which experts run: bool ``[..]``."""
-        return op.ties(self.scores(x), self.tau, self._op_act)
+        return op.ties(self.scores(x), self.tau, self.op_act)
 
     def compared(self, x: Tensor) -> Tensor:
         """What tau is compared with, before any static selection: ``[.., d] -> [.., E]``.
@@ -277,8 +277,15 @@ class DynkFFN(nn.Module):
         return relative(self.router.score(x))
 
     @property
-    def _op_act(self) -> str:
+    def op_act(self) -> str:
+        """The activation that the op is called with."""
         return op.SCORED if self.gate_routed else self.act
+
+    @property
+    def op_weights(self) -> tuple[Tensor | None, ...]:
+        """The weights that the op is called with, in its order: no gate that was the router."""
+        gate = (None, None) if self.gate_routed else (self.w_gate, self.b_gate)
+        return self.w_in, self.b_in, *gate, self.w_out, self.b_out
 
     def every_expert(self, x: Tensor) -> Tensor:
         """``[.., d] -> [.., d_out]`` through all experts, without the router: tau = 0."""
@@ -312,18 +319,8 @@ class DynkFFN(nn.Module):
         """``[.., d] -> [.., d_out]`` through the experts that the router selects."""
         if self.dense:
             return self.every_expert(x)
-        gate = (None, None) if self.gate_routed else (self.w_gate, self.b_gate)
         return op.dynk_ffn(  # type: ignore[no-any-return]
-            x,
-            self.scores(x),
-            self.tau,
-            self.w_in,
-            self.b_in,
-            *gate,
-            self.w_out,
-            self.b_out,
-            self.expert_size,
-            self._op_act,
+            x, self.scores(x), self.tau, *self.op_weights, self.expert_size, self.op_act
         )
 
     def extra_repr(self) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from ...ir.block import DynkFFN
 from ...ir.errors import CompileError
-from ...ir.op import SCORED
 from ..spec import constants_of
 from .emit import emit, emit_grads
 from .load import interpreting, load
@@ -118,10 +117,7 @@ class Compiled:
 
 def spec_of(block: DynkFFN, dtype: str) -> TritonSpec:
     """The spec of a block of a converted model, with its weights stored as ``dtype``."""
-    gate = (None, None) if block.gate_routed else (block.w_gate, block.b_gate)
-    weights = (block.w_in, block.b_in, *gate, block.w_out, block.b_out)
-    act = SCORED if block.gate_routed else block.act
-    return TritonSpec(**constants_of(weights, block.expert_size, act, dtype))
+    return TritonSpec(**constants_of(block.op_weights, block.expert_size, block.op_act, dtype))
 
 
 def kernels(spec: TritonSpec, target: str = "sm_90", width: int = WIDTH) -> list[Kernel]:
