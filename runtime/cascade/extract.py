@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...ir.errors import CalibrationError
-from .wire import loads
+from .wire import loads, value_at
 
 Extractor = Callable[[str], str | None]
 
@@ -86,12 +86,12 @@ def json_field(path: str) -> Extractor:
 
 
 def _last_object(text: str) -> Any:
-    decoder, found, at = json.JSONDecoder(), None, text.find("{")
+    found, at = None, text.find("{")
     failures = 0
     while at >= 0 and failures < 200:  # each may read to the end of the text
         try:
-            found, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
+            found, end = value_at(text, at)
+        except ValueError:
             end, failures = at + 1, failures + 1
         at = text.find("{", end)
     return found

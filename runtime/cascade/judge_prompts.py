@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .wire import value_at
+
 LEAST = 726
 """Characters of a guide, under which something was lost; the scale of the first one."""
 MOST = 10_000
@@ -154,7 +156,7 @@ def read_feedback(text: str) -> str:
     """Feedback in one form; what cannot be parsed is kept as it came."""
     at = text.find("{")
     try:
-        found = json.JSONDecoder().raw_decode(text, at)[0] if at >= 0 else None
-    except (ValueError, RecursionError):
+        found = value_at(text, at)[0] if at >= 0 else None
+    except ValueError:
         found = None
     return json.dumps(found, ensure_ascii=False) if isinstance(found, dict) else text

@@ -79,6 +79,19 @@ def test_json_of_a_stranger_is_as_deep_as_is_allowed_and_no_deeper(kind):
     assert wire.loads(b'\xef\xbb\xbf["\\ud83d"]') == ["\ud83d"]
 
 
+def test_a_value_in_a_text_is_as_deep_as_is_allowed_and_no_deeper():
+    fits = '{"a":' * 99 + "{}" + "}" * 99
+    for after in ("", " so [[A]]", "]" * 200, "[" * 200, ' "' + "[" * 200):
+        assert wire.value_at(f"so {fits}{after}", 3) == (json.loads(fits), 3 + len(fits))
+    wide = "[" + ", ".join(['{"a\\"[": "]"}', "[]"] * 300) + "]"
+    assert wire.value_at(wide + "[" * 9, 0) == (json.loads(wide), len(wide))
+    for deep in (f'{{"b": {fits}}}', '{"a":' * 100_000, "[" * 101 + "]" * 101):
+        with pytest.raises(ValueError, match="nested more than 100 deep"):
+            wire.value_at(deep, 0)
+    assert extractor("json:b")(f'{{"b": {fits}}}') is None
+    assert extractor("json:a")(fits) == json.dumps(json.loads(fits)["a"])
+
+
 @given(st.recursive(st.none() | st.text() | st.floats(allow_nan=False), st.lists, max_leaves=300))
 def test_json_of_a_stranger_is_what_python_reads(value):
     text = json.dumps(value)
