@@ -1,6 +1,5 @@
 """The command line; ``cli_tree`` decodes, ``cli_cascade`` serves, ``cli_economics`` counts."""
 
-import errno
 import json
 import os
 import platform
@@ -29,7 +28,7 @@ from .cli_router import router
 from .cli_tree import generate, train_drafter
 from .cli_unet import distill_unet, prune_unet
 from .ir.cost import cache_dir
-from .ir.errors import SkimpError, out_of_memory, unwritable
+from .ir.errors import SkimpError, no_room, out_of_memory, unwritable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -311,9 +310,6 @@ def aot(
     _out.print(f"Kernels: {path}")
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
 def main() -> None:
     """Run the command line; errors of ours are a message, not a traceback."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch warns of its own pytree
@@ -322,8 +318,9 @@ def main() -> None:
     except SkimpError as error:
         told = str(error)
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            told = str(unwritable(error.filename or "what was being written", error))
+        if no_room(error):
+            place = getattr(error, "filename", None) or "what was being written"
+            told = str(unwritable(place, error))
         elif out_of_memory(error):
             told = (
                 f"not enough memory ({str(error).splitlines()[0] if str(error) else 'no more'}); "

@@ -4,6 +4,8 @@ It is an archive, as IREE writes it, with the names of inputs and outputs in ``s
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ir.artefact import drafts
-from ..ir.errors import ArtefactError, ExportError, first_line
+from ..ir.errors import ArtefactError, ExportError, first_line, out_of_memory
 from .cpp.bundle import check_machine
 from .cpp.spec import detect_isa
 from .exported import Program, Report, needs
@@ -21,6 +23,7 @@ from .loaded import Loaded, append, read
 from .mlir import lower, to_module
 
 VERSION = 1
+_LITTLE = 1 << 24
 
 
 def write_iree(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
@@ -72,7 +75,12 @@ def _compile(module: Any, code: Path, to: Path) -> None:
         )
     except tools.CompilerToolError as error:
         lines = [x for x in str(error).splitlines() if "error:" in x] or [first_line(error)]
-        raise ExportError(f"IREE cannot compile the model: {lines[0].strip()}") from error
+        told = f"IREE cannot compile the model: {lines[0].strip()}"
+        for folder in (to.parent, Path(tempfile.gettempdir())):
+            # its linker says nothing of a full disk, and stumbles over the empty files there
+            if (free := shutil.disk_usage(folder).free) < _LITTLE:
+                told += f"; there is no space left in {folder} but {free / 1e6:.1f} MB"
+        raise ExportError(told) from error
 
 
 class IreeModule(Loaded):
@@ -100,6 +108,8 @@ class IreeModule(Loaded):
             context.add_vm_module(module)
             self._main: Any = context.modules.module.main
         except Exception as error:  # of no common class
+            if out_of_memory(error):
+                raise
             raise ArtefactError(
                 f"{path} cannot be loaded by IREE {version('iree-base-runtime')}: "
                 f"{first_line(error)}; export the model again"

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.artefact import drafts
-from ..ir.errors import ExportError
+from ..ir.errors import ExportError, out_of_memory
 from ..ir.op import SCORED, hidden, select
 from .exported import Program, Report
 
@@ -95,6 +95,8 @@ def to_module(program: ExportedProgram, taus: Mapping[str, str], form: str) -> A
     try:
         return stateless_fx_import(program.graph_module, output_type=form, model_name="main")
     except Exception as error:  # of no common class
+        if out_of_memory(error):
+            raise
         raise ExportError(
             "torch-mlir cannot lower the model; which of its operators, it says on standard error"
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.errors import ArtefactError, first_line
+from ..ir.errors import ArtefactError, first_line, out_of_memory
 from .cpp.emit import ACTS
 from .cpp.ort import DOMAIN, compile_operators, operator_name
 from .cpp.spec import KernelSpec, detect_isa
@@ -122,6 +122,8 @@ class Session(Loaded):
                 str(path), options, ["CPUExecutionProvider"]
             )
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise ArtefactError(
                 f"{path} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: "
                 f"{first_line(error)}"

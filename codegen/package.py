@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.exc import InductorError
 from torch.fx import Graph, Node
 
 from ..ir.artefact import drafts
 from ..ir.cost import cache_dir, write_atomically
-from ..ir.errors import ArtefactError, ExportError, first_line
+from ..ir.errors import ArtefactError, ExportError, SkimpError, first_line, out_of_memory
 from .cpp.bundle import Bundle, bundle, check_machine, load_bundle
 from .cpp.kernels import DTYPES
 from .cpp.library import OPS
@@ -105,16 +106,7 @@ def write_pt2(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
     lowering = _Bundle()
     with drafts(path) as scratch:
         draft = scratch / "model.pt2"
-        with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                captured.program,
-                package_path=str(draft),
-                inductor_configs={
-                    "post_grad_custom_post_pass": lowering,
-                    "aot_inductor.custom_ops_to_c_shims": {},  # `lowering` fills it
-                    "always_keep_tensor_constants": True,  # else thresholds become numbers
-                },
-            )
+        _compile(captured, lowering, draft)
         assert lowering.made is not None
         index = {
             "format": "skimp-pt2",
@@ -137,6 +129,23 @@ def write_pt2(captured: Program, path: Path, tolerance: float = 1e-4) -> Report:
     )  # fmt: skip
 
 
+def _compile(captured: Program, lowering: _Bundle, to: Path) -> None:
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                captured.program,
+                package_path=str(to),
+                inductor_configs={
+                    "post_grad_custom_post_pass": lowering,
+                    "aot_inductor.custom_ops_to_c_shims": {},  # `lowering` fills it
+                    "always_keep_tensor_constants": True,  # else thresholds become numbers
+                },
+            )
+    except InductorError as error:  # of any error, ours too
+        inner = error.inner_exception
+        raise (inner if isinstance(inner, SkimpError | OSError | MemoryError) else error) from error
+
+
 class Package(Loaded):
     """A loaded ``.pt2``.
 
@@ -150,6 +159,8 @@ class Package(Loaded):
         try:
             self._model: Any = torch._inductor.aoti_load_package(str(path))
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise ArtefactError(
                 f"{path} cannot be loaded by torch {torch.__version__} (it was made by "
                 f"{index['torch']}): {first_line(error)}"

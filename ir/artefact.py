@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .block import DynkFFN, Projection, Router, make_router
 from .cost import DRAFT, sweep, write_atomically
-from .errors import MALFORMED, ArtefactError, unwritable
+from .errors import MALFORMED, ArtefactError, no_room, unwritable
 
 VERSION = 1
 INDEX = "skimp.json"
@@ -77,15 +77,11 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors from where they lie, and name the file by its SHA-256, which is returned."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with drafts(folder / "weights") as scratch:
         draft, ours = scratch / "weights", scratch / "ours"
-        try:
-            save_file(tensors, draft, metadata={"format": "skimp"})
-        except SafetensorError as error:  # of a full disk
-            raise unwritable(folder, error) from error
+        save_file(tensors, draft, metadata={"format": "skimp"})
         ours.touch()
         draft.chmod(ours.stat().st_mode)  # readable by whom the umask says, unlike safetensors'
         with draft.open("rb") as file:
@@ -146,8 +142,10 @@ def drafts(path: Path) -> Iterator[Path]:
         sweep(path.parent)
         with tempfile.TemporaryDirectory(prefix=f"{DRAFT}{path.name}.", dir=path.parent) as scratch:
             yield Path(scratch)
-    except OSError as error:
-        raise unwritable(path, error) from error
+    except Exception as error:
+        if isinstance(error, OSError) or no_room(error):
+            raise unwritable(path, error) from error
+        raise
 
 
 @contextmanager
@@ -160,13 +158,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
     Raises:
         UnwritableError: It cannot be written.
     """
-    from safetensors import SafetensorError
-
     with drafts(folder) as part:
-        try:
-            yield part
-        except SafetensorError as error:  # of a full disk
-            raise unwritable(folder, error) from error
+        yield part
         with alone(folder):
             (folder / "config.json").unlink(missing_ok=True)
             files = sorted(part.iterdir(), key=lambda p: p.name == "config.json")

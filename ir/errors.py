@@ -1,5 +1,8 @@
 """Every error a user can meet. Each says what happened, where, and what to do about it."""
 
+import errno
+import os
+
 
 class SkimpError(Exception):
     """Base of all errors raised on purpose."""
@@ -68,8 +71,20 @@ def unwritable(path: object, error: Exception) -> UnwritableError:
     """An error of ours from one of the system's."""
     if isinstance(error, UnwritableError):
         return error
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = getattr(error, "strerror", None) or no_room(error) or first_line(error)
     return UnwritableError(getattr(error, "errno", None) or 0, reason, str(path))
+
+
+_FULL = tuple(os.strerror(e) for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+
+
+def no_room(error: BaseException) -> str:
+    """The line of an error that tells of a full disk or of a limit on files; "" if none does.
+
+    Libraries, and compilers that they call, say it in the text of errors of their own.
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if any(sign in line for sign in _FULL)), "")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -73,6 +73,7 @@ def test_a_full_disk_is_said_and_harms_nothing(tmp_path):
         (ImportError("lib.so: cannot allocate memory in static TLS block"), "not enough memory"),
         (ImportError("x.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(28, "No space left on device", "here"), "here cannot be written"),
+        (RuntimeError("cc:\nx.s: No space left on device\n"), "(x.s: No space left on device)"),
     ],
 )
 def test_what_lacks_is_a_message_and_no_traceback(error, message, monkeypatch, capsys):
