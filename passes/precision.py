@@ -23,12 +23,11 @@ def _measured() -> bool:
 def mixed_precision(device: torch.device, pays: bool | None = None) -> torch.autocast:
     """Train in bfloat16 where that pays; weights, gradients and optimisers stay float32.
 
-    Enter it anew for every step: it keeps the weights that it rounded until it is left.
+    It rounds a weight each time it is used: to keep what it rounded would take half of a model.
 
     Args:
         device: Where the tensors are.
         pays: What :func:`bfloat16_pays` says; by default it is asked here.
     """
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=bfloat16_pays(device) if pays is None else pays
-    )
+    enabled = bfloat16_pays(device) if pays is None else pays
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -1,5 +1,7 @@
 """A user's own loss: a classifier converted with it keeps its task better than without."""
 
+import weakref
+
 import pytest
 import skimp
 import torch
@@ -9,10 +11,12 @@ from skimp.passes.budget import Budget
 from skimp.passes.convert import prepare, recipe
 from skimp.passes.finetune import Finetune
 from skimp.passes.lift import blocks
+from skimp.passes.precision import mixed_precision
 from skimp.passes.recover import Recover
 from skimp.passes.route import Route, Split
 from skimp.passes.sparsify import Relufy, Sparsify
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -127,3 +131,20 @@ def test_a_loss_that_cannot_be_learnt_from(classifier, wrong, match):
     with pytest.raises(CalibrationError, match=match):
         Finetune(steps=1).run(gm, Context(gm, data, data, loss=wrong))
     assert blocks(gm)  # and the blocks are back in their places
+
+
+def test_training_in_bfloat16_keeps_no_rounded_weights():
+    """They would be half of a model, beside the one that is offloaded or computed in segments."""
+    rounded = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                rounded.append(weakref.ref(result))
+            return result
+
+    layer = torch.nn.Linear(8, 8)
+    with mixed_precision(torch.device("cpu"), True), Watch(), torch.no_grad():
+        assert layer(torch.ones(2, 8)).dtype == torch.bfloat16
+        assert [r() for r in rounded] == [None] * 3  # weight, bias and input
