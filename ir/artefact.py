@@ -66,12 +66,29 @@ def write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
         "linears": [n for n, p in model.named_modules() if isinstance(p, Projection)],
         "record": record,
     }
-    with alone(folder):  # else one process removes the weights that another is about to name
-        index["sha256"] = digest = _write_weights(folder, tensors)
+    with drafts(folder / INDEX) as part:
+        index["sha256"] = digest = _write_weights(part, tensors)
         index["weights"] = _named(digest)
-        write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
+        write_atomically(part / INDEX, json.dumps(index, indent=1).encode())
+        take_place(part, folder)
+
+
+def take_place(part: Path, folder: Path) -> None:
+    """Let one artefact take the place of another.
+
+    Args:
+        part: What :func:`write` wrote, on the file system of the other; it is moved.
+        folder: Of the other, if there is one.
+
+    Raises:
+        UnwritableError: The folder cannot be written.
+    """
+    weights = str(read_index(part)["weights"])
+    with alone(folder):  # else one process removes the weights that another is about to name
+        for name in (weights, INDEX):
+            os.replace(part / name, folder / name)
         for old in folder.glob("weights-*.safetensors"):
-            if old.name != index["weights"]:
+            if old.name != weights:
                 old.unlink(missing_ok=True)
 
 
@@ -79,15 +96,14 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors from where they lie, and name the file by its SHA-256, which is returned."""
     from safetensors.torch import save_file
 
-    with drafts(folder / "weights") as scratch:
-        draft, ours = scratch / "weights", scratch / "ours"
-        save_file(tensors, draft, metadata={"format": "skimp"})
-        ours.touch()
-        draft.chmod(ours.stat().st_mode)  # readable by whom the umask says, unlike safetensors'
-        with draft.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        os.replace(draft, folder / _named(digest))
+    draft, ours = folder / "weights", folder / "ours"
+    save_file(tensors, draft, metadata={"format": "skimp"})
+    ours.touch()
+    draft.chmod(ours.stat().st_mode)  # readable by whom the umask says, unlike safetensors'
+    with draft.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    os.replace(draft, folder / _named(digest))
     return digest
 
 

@@ -14,12 +14,14 @@ from ..codegen.exported import (
     Metric,
     Report,
     capture,
+    check_errors,
     check_floor,
     coverage,
     differences,
     needs,
     run_model,
 )
+from ..ir.artefact import INDEX, drafts, read_into, take_place
 from ..ir.errors import ExportError
 from ..passes.lift import blocks
 
@@ -56,8 +58,7 @@ def export(
     Args:
         model: With blocks, on the CPU, in evaluation mode.
         example: Keyword arguments of one call, free dimensions at least 2.
-        path: A file, replaced only when the new one agrees, or a folder for ``safetensors``, which
-            holds what the model holds and is compared once it is written.
+        path: A file, or a folder for ``safetensors``; replaced only when the new one agrees.
         to: One of :data:`DOORS`; by default as the path's suffix says.
         dynamic_shapes: Free dimensions by input; by default batch and length.
         tolerance: Largest relative difference of an output to the model's.
@@ -168,10 +169,13 @@ def _export_folder(
         )
     share = coverage(model)
     check_floor(share, floor)
-    save(model, path, example)
     names, want = run_model(model, example)
-    errors = differences(names, want, run_model(_reader(path, model), example)[1])
-    size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
+    with drafts(path / INDEX) as part:
+        save(model, part, example)
+        errors = differences(names, want, run_model(_reader(part, model), example)[1])
+        check_errors(errors, tolerance, ())
+        size = sum(f.stat().st_size for f in part.iterdir())
+        take_place(part, path)
     return Report(
         "safetensors", str(path), size, RUNTIMES["safetensors"], share,
         len(blocks(model)), errors, {},
@@ -180,8 +184,6 @@ def _export_folder(
 
 def _reader(path: Path, model: GraphModule) -> GraphModule:
     """What the folder holds, in a copy of the graph: the architecture is not at hand."""
-    from ..ir.artefact import read_into
-
     again = copy.deepcopy(model)
     read_into(path, again)
     return again

@@ -50,6 +50,11 @@ def test_a_report_for_people_and_for_programs(folders, tmp_path, monkeypatch):
     assert got.exit_code == 0, got.output
     assert "last_hidden_state" in got.stdout
     assert "in 5 blocks" in got.stdout
+    held = {p.name: p.read_bytes() for p in path.iterdir()}
+    skimp.set_tau(loaded, 0.9)  # another artefact, which is not good enough
+    got = run(*given, "--to", "safetensors", "-o", path, "--tolerance", -1)
+    assert "differs from the model by 0.0e+00" in str(got.exception)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == held
 
     path = tmp_path / "m.pt2"
     got = run(*given, "-o", path, "--dry-run", "--json")
