@@ -259,7 +259,9 @@ def export(door, *more):
             import skimp.codegen.onnx
 
             skimp.codegen.onnx.LARGE = 1000
-        name = "x" if door == "safetensors" else f"x.{door}"
+        from skimp.runtime.export import suffix_of
+
+        name = f"x{suffix_of(door)}"
         return ["export", value, "--model", "dense", "--to", door, "-o", name, *more]
 
     return words
@@ -299,6 +301,17 @@ def seen_pt2(place):
     from models import ids
 
     path = place / "x.pt2"
+    if not path.exists():
+        return None
+    outputs = skimp.load(path)(**ids(most=50))
+    return round(sum(float(v.double().abs().sum()) for v in outputs.values()), 3)
+
+
+def seen_iree(place):
+    import skimp
+    from models import ids
+
+    path = place / "x.vmfb"
     if not path.exists():
         return None
     outputs = skimp.load(path)(**ids(most=50))
@@ -431,6 +444,7 @@ COMMANDS = {
         Command("safetensors", sparse, export("safetensors"), seen_folder, imports=MODELS),
         Command("onnx", sparse, export("onnx", "--native"), seen_onnx, imports=(*MODELS, *ONNX)),
         Command("mlir", sparse, export("mlir"), seen_mlir, imports=(*MODELS, "torch_mlir")),
+        Command("iree", sparse, export("iree"), seen_iree, imports=(*MODELS, "torch_mlir")),
         Command("pt2", sparse, export("pt2"), seen_pt2, imports=MODELS),
         Command("convert", encoder, convert, seen_converted, imports=MODELS),
         Command("train-drafter", decoder, train_drafter, seen_heads, imports=DECODERS),

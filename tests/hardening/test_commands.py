@@ -9,9 +9,7 @@ sys.path.append(str(Path(__file__).parent))
 from commands import COMMANDS
 from moments import answers
 
-TRIED = {*COMMANDS} - {"prune-unet", "mlir", "onnx", "pt2"}
-
-SLOW = {"pt2": 3, "mlir": 8, "onnx": 12, "train-drafter": 12}
+SLOW = {"pt2": 3, "mlir": 3, "onnx": 4, "iree": 3, "train-drafter": 12}
 """How many moments are enough of what takes seconds each time."""
 
 
@@ -26,7 +24,7 @@ def test_killed_at_some_changes_of_a_file(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", sorted(TRIED))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_killed_at_every_change_of_a_file(name, tmp_path):
     found = attack(tmp_path, SLOW.get(name, 40), name)[name]
     assert found["nothing"]["left"][0] == "nothing"
