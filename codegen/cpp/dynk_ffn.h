@@ -301,51 +301,59 @@ static void choose(const Args& a, uint64_t* rows) {
     }
 }
 
+// What one of `all` threads does for few rows: sums [rows, D_OUT] over its share of the experts that
+// run. False if memory ran out.
+static bool share(const Args& a, const operand* x, int me, int all, float* sums) {
+  std::memset(sums, 0, a.rows * D_OUT * sizeof(float));
+  Scratch s(a.rows);
+  Buffer<uint64_t> chosen(EXPERTS);
+  Buffer<int32_t> active(EXPERTS);
+  if (!s.ok() || !chosen.p || !active.p) return false;
+  choose(a, chosen.p);  // every thread for itself: it takes less than a meeting
+  long some = 0;
+  for (long e = 0; e < EXPERTS; e++) {
+    active.p[some] = int32_t(e);
+    some += chosen.p[e] != 0;
+  }
+  const long end = some * (me + 1) / all;
+  for (long g = some * me / all; g < end; g += EXPERTS_PER_GROUP) {
+    const long n = std::min(EXPERTS_PER_GROUP, end - g);
+    uint16_t list[FEW];
+    const auto rows_of = [&](long j, const uint16_t*& rows) -> long {
+      long k = 0;
+      for (uint64_t left = chosen.p[active.p[g + j]]; left; left &= left - 1)
+        list[k++] = uint16_t(__builtin_ctzll(left));
+      rows = list;
+      return k;
+    };
+    const long next = g + n < end ? active.p[g + n] : active.p[g];
+    group<false>(a, s, active.p + g, n, a.rows, x, sums, rows_of, next);
+  }
+  return true;
+}
+
+// Columns [first, last) of y from the sums of all threads, which lie one after the other.
+static void total(const Args& a, const float* sums, int all, long first, long last) {
+  for (long r = 0; r < a.rows; r++)
+    for (long c = first; c < last; c++) {
+      float sum = B_OUT ? widen(a.b_out[c]) : 0.0f;
+      for (int k = 0; k < all; k++) sum += sums[(k * a.rows + r) * D_OUT + c];
+      narrow(sum, a.y + r * D_OUT + c);
+    }
+}
+
 static int few_rows(const Args& a, int threads) {
-  const long size = a.rows * D_OUT;
-  Buffer<float> y(size * threads);
+  Buffer<float> sums(a.rows * D_OUT * threads);
   Buffer<operand> wide(WIDEN ? a.rows * D : 1);
-  if (!y.p || !wide.p) return 1;
+  if (!sums.p || !wide.p) return 1;
   const operand* x = rows_as_operands(a.x, a.rows, wide.p);
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     const int me = omp_get_thread_num(), all = omp_get_num_threads();
-    float* mine = y.p + me * size;
-    std::memset(mine, 0, size * sizeof(float));
-    Scratch s(a.rows);
-    Buffer<uint64_t> chosen(EXPERTS);
-    Buffer<int32_t> active(EXPERTS);
-    failed = !s.ok() || !chosen.p || !active.p;
-    long some = 0;
-    if (!failed) {  // every thread for itself: it is less than a meeting
-      choose(a, chosen.p);
-      for (long e = 0; e < EXPERTS; e++) {
-        active.p[some] = int32_t(e);
-        some += chosen.p[e] != 0;
-      }
-    }
-    const long end = some * (me + 1) / all;
-    for (long g = some * me / all; g < end; g += EXPERTS_PER_GROUP) {
-      const long n = std::min(EXPERTS_PER_GROUP, end - g);
-      uint16_t list[FEW];
-      const auto rows_of = [&](long j, const uint16_t*& rows) -> long {
-        long k = 0;
-        for (uint64_t left = chosen.p[active.p[g + j]]; left; left &= left - 1)
-          list[k++] = uint16_t(__builtin_ctzll(left));
-        rows = list;
-        return k;
-      };
-      const long next = g + n < end ? active.p[g + n] : active.p[g];
-      group<false>(a, s, active.p + g, n, a.rows, x, mine, rows_of, next);
-    }
+    failed = !share(a, x, me, all, sums.p + me * a.rows * D_OUT);
 #pragma omp barrier
-    for (long r = 0; r < a.rows; r++)
-      for (long c = D_OUT * me / all; c < D_OUT * (me + 1) / all; c++) {
-        float total = B_OUT ? widen(a.b_out[c]) : 0.0f;
-        for (int k = 0; k < all; k++) total += y.p[k * size + r * D_OUT + c];
-        narrow(total, a.y + r * D_OUT + c);
-      }
+    total(a, sums.p, all, D_OUT * me / all, D_OUT * (me + 1) / all);
   }
   return failed;
 }
@@ -362,4 +370,18 @@ extern "C" int dynk_ffn(const void* x, const void* scores, float tau, const void
                (long)rows,            tau};
   if (rows == 0) return 0;
   return rows <= std::min((long)few, FEW) ? few_rows(a, threads) : many_rows(a, threads);
+}
+
+// For callers with threads of their own, what one of `all` adds to FEW rows or fewer: sums
+// [rows, D_OUT] in float32, without b_out. Returns likewise.
+[[maybe_unused]] static int dynk_ffn_share(const void* x, const void* scores, float tau,
+                                           const void* w_in, const void* b_in, const void* w_gate,
+                                           const void* b_gate, const void* w_out, float* sums,
+                                           int64_t rows, int32_t me, int32_t all) {
+  const Args a{(const stored*)x,      (const stored*)scores, (const stored*)w_in,
+               (const stored*)b_in,   (const stored*)w_gate, (const stored*)b_gate,
+               (const stored*)w_out,  nullptr,               nullptr,
+               (long)rows,            tau};
+  Buffer<operand> wide(WIDEN ? rows * D : 1);
+  return !wide.p || !share(a, rows_as_operands(a.x, rows, wide.p), me, all, sums);
 }

@@ -69,12 +69,15 @@ struct Operator {
 
 typedef int (*Run)(const void*, const void*, float, const void*, const void*, const void*,
                    const void*, const void*, const void*, void*, int64_t, int64_t, int32_t);
-// A compiled function, what it is constant in, and the rows up to which the form for few is used.
+typedef int (*Share)(const void*, const void*, float, const void*, const void*, const void*,
+                     const void*, const void*, float*, int64_t, int32_t, int32_t);
+// Compiled functions, what they are constant in, and the rows up to which the one for few is used.
 struct Kernel {
   int act;
   bool gated;
   int64_t expert_size, d, d_ff, d_out;
   Run run;
+  Share share;
   int64_t few;
 };
 extern const Kernel KERNELS[];
@@ -93,54 +96,20 @@ struct Call {
   const float *x, *scores, *w_in, *b_in, *w_gate, *b_gate, *w_out, *b_out;
   float tau, *y;
   int64_t rows, experts, chunk;
-  std::vector<int32_t> active;       // of few rows: the experts that any row runs
-  std::vector<float> marks, parts, zeros;
+  int64_t slices;
+  std::vector<float> sums;  // of few rows, each slice's
   std::atomic<int> failed{0};
-  int64_t slices = 1;
 
-  void run(const float* x, const float* scores, float tau, const float* b_out, float* y,
-           int64_t rows, int64_t few) {
-    failed |= kernel->run(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out, b_out, y, rows, few, 1);
-  }
   // Many rows: every thread takes some of them.
   void some_rows(size_t i) {
     const int64_t first = int64_t(i) * chunk, count = std::min(chunk, rows - first);
-    run(x + first * kernel->d, scores + first * experts, tau, b_out, y + first * kernel->d_out,
-        count, 0);
+    failed |= kernel->run(x + first * kernel->d, scores + first * experts, tau, w_in, b_in, w_gate,
+                          b_gate, w_out, b_out, y + first * kernel->d_out, count, 0, 1);
   }
-  // Few rows: every thread takes some of the experts. What a thread runs is said by scores of 1
-  // and -1 and a threshold of 0, or, where scores weight experts, by those that are not 0.
-  bool scored() const { return kernel->act == 7; }
+  // Few rows: every thread takes some of the experts.
   void some_experts(size_t i) {
-    float* mine = marks.data() + i * rows * experts;
-    std::fill(mine, mine + rows * experts, scored() ? 0.0f : -1.0f);
-    const int64_t end = int64_t(active.size()) * (i + 1) / slices;
-    for (int64_t j = int64_t(active.size()) * i / slices; j < end; j++)
-      for (int64_t r = 0; r < rows; r++)
-        if (runs(r, active[j])) {
-          const int64_t at = r * experts + active[j];
-          mine[at] = scored() ? scores[at] : 1;
-        }
-    run(x, mine, scored() ? std::numeric_limits<float>::min() : 0.0f, i ? zeros.data() : b_out,
-        i ? parts.data() + (i - 1) * rows * kernel->d_out : y, rows, rows);
-  }
-  std::vector<float> limits;
-  bool runs(int64_t row, int64_t e) const {
-    const float score = scores[row * experts + e];
-    return !((scored() ? std::fabs(score) : score) < limits[row]);
-  }
-  void look() {
-    for (int64_t r = 0; r < rows; r++) {
-      const float* s = scores + r * experts;
-      float most = s[0];
-      for (int64_t e = 1; e < experts; e++) most = s[e] > most || s[e] != s[e] ? s[e] : most;
-      limits.push_back(scored() ? tau : most * tau);
-    }
-    for (int64_t e = 0; e < experts; e++) {
-      bool any = false;
-      for (int64_t r = 0; r < rows; r++) any |= runs(r, e);
-      if (any) active.push_back(int32_t(e));
-    }
+    failed |= kernel->share(x, scores, tau, w_in, b_in, w_gate, b_gate, w_out,
+                            sums.data() + i * rows * kernel->d_out, rows, i, slices);
   }
 };
 
@@ -206,16 +175,16 @@ static Status* compute_checked(const Node& node, Context* c) {
     auto body = [](void* data, size_t i) { ((Call*)data)->some_rows(i); };
     s = ort.parallel(c, body, size_t((call.rows + call.chunk - 1) / call.chunk), &call);
   } else {
-    call.look();
-    call.slices = std::max<int64_t>(1, std::min<int64_t>(threads, call.active.size() / 4));
-    call.marks.resize(call.slices * call.rows * experts);
-    call.parts.resize((call.slices - 1) * call.rows * d_out);
-    call.zeros.resize(d_out);
+    call.slices = std::max<int64_t>(1, std::min(threads, experts / 4));
+    call.sums.resize(call.slices * call.rows * d_out);
     auto body = [](void* data, size_t i) { ((Call*)data)->some_experts(i); };
     s = ort.parallel(c, body, size_t(call.slices), &call);
-    for (int64_t i = 1; i < call.slices; i++)
-      for (int64_t j = 0; j < call.rows * d_out; j++)
-        call.y[j] += call.parts[(i - 1) * call.rows * d_out + j];
+    for (int64_t r = 0; r < call.rows; r++)
+      for (int64_t j = 0; j < d_out; j++) {
+        float sum = call.b_out[j];
+        for (int64_t i = 0; i < call.slices; i++) sum += call.sums[(i * call.rows + r) * d_out + j];
+        call.y[r * d_out + j] = sum;
+      }
   }
   if (s) return s;
   return call.failed ? ort.fail("skimp: no memory for the scratch of a block") : nullptr;

@@ -21,7 +21,9 @@ def emit_operators(specs: Iterable[KernelSpec]) -> str:
     for i, spec in enumerate(listed):
         act, gated = ACTS.index(spec.act), str(spec.gated).lower()
         widths = f"{spec.expert_size}, {spec.d}, {spec.d_ff}, {spec.d_out}"
-        kernels.append(f"  {{{act}, {gated}, {widths}, (Run)&k{i}::dynk_ffn, {few_rows(spec)}}},")
+        run = f"(Run)&k{i}::dynk_ffn, (Share)&k{i}::dynk_ffn_share"
+        few = f"std::min<int64_t>({few_rows(spec)}, k{i}::FEW)"
+        kernels.append(f"  {{{act}, {gated}, {widths}, {run}, {few}}},")
         name = operator_name(spec.act, spec.gated)
         registered[name] = f'  make("{name}", {act}, {gated}),'
     return "\n".join(
