@@ -19,7 +19,10 @@ from ...ir.cost import cache_dir
 from ...ir.errors import CompileError
 
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-          "-fopenmp", "-fPIC", "-shared")  # fmt: skip
+          "-fopenmp", "-fPIC", "-shared",
+          # a library calls its own functions, though one of a package in this process, whose
+          # functions all see, has some of the same name
+          "-Wl,-Bsymbolic")  # fmt: skip
 _STALE_SECONDS = 3600.0
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimp.codegen.cpp import build as builder
+from skimp.codegen.cpp import bundle
 from skimp.codegen.cpp.emit import emit, head
 from skimp.codegen.cpp.kernels import ARGUMENTS, dynk_ffn_cpu, fallbacks, install, kernel, ops
 from skimp.codegen.cpp.spec import FLAGS, KernelSpec, LinearSpec, detect_isa
@@ -297,6 +298,14 @@ def test_a_library_is_compiled_once(cache, monkeypatch):
     assert builder.build(SOURCE, "a").answer() == 42
     monkeypatch.setattr(builder, "_compile", lambda *_: pytest.fail("compiled again"))
     assert builder.build(SOURCE, "a").answer() == 42
+
+
+def test_a_library_calls_its_own_functions_though_all_see_another(cache):
+    text = 'extern "C" int of_two() {{ return {0}; }} extern "C" int asked() {{ return of_two(); }}'
+    first = builder.build(text.format(1), "first")
+    bundle._make_global(first._name)
+    assert builder.build(text.format(2), "second").asked() == 2
+    assert first.asked() == 1
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-1]])

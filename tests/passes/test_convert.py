@@ -276,15 +276,16 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
 
 KILLED_WRITING = """
 import os, signal, sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_convert as t
 real, count = os.replace, 0
-def replace(*names):
+def replace(here, there):
     global count
-    count += 1
-    if count == 4:  # the second stage's index, its weights being written: between the two
+    count += Path(there) == Path({folder!r}, t.artefact.INDEX)
+    if count == 2:  # the second stage's index, its weights being in place: between the two
         os.kill(os.getpid(), signal.SIGKILL)
-    real(*names)
+    real(here, there)
 os.replace = replace
 t.quick(t.bert(), folder={folder!r})
 """
