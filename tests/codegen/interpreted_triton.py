@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from skimp.codegen.triton import kernels as K
+from skimp.codegen.triton import launch as launches
 from skimp.codegen.triton import tuned
 from skimp.codegen.triton.backward import differentiate, gradients
 from skimp.codegen.triton.launch import Launch, run
@@ -36,7 +37,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture(autouse=True, scope="module")
 def bfloat16_as_devices_have_it():
-    """The interpreter multiplies its bits as integers, and cuts off what devices round to even."""
+    """The interpreter multiplies its bits as integers, and cuts off what devices round to even.
+
+    PyTorch's own product on a CPU with AMX lets a NaN of the next row into one where an odd number
+    of values is summed: 129 rows of 5, of which row 64 is NaN, give it in row 63 too.
+    """
+    wide = pytest.MonkeyPatch()
+    for name in ("_product", "_second"):
+        wide.setattr(launches, name, widened(getattr(launches, name)))
     builder = interpreter.InterpreterBuilder
     plain, cut = builder.create_dot, builder.create_fp_trunc
 
@@ -58,6 +66,17 @@ def bfloat16_as_devices_have_it():
     builder.create_dot, builder.create_fp_trunc = dot, trunc
     yield
     builder.create_dot, builder.create_fp_trunc = plain, cut
+    wide.undo()
+
+
+def widened(product):
+    """A product in float32, rounded once."""
+
+    def call(*given):
+        floats = [t if t is None else t.float() for t in given]
+        return product(*floats).to(given[0].dtype)
+
+    return call
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -247,6 +266,8 @@ def test_a_router_of_few_rows(rows, **options):
 
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 150), **ROUTED)
+@example(rows=129, d=1, experts=5, size=1, width=1, gated=False, tau=0.0, seed=0,
+         dtype=torch.bfloat16, broken=True)  # fmt: skip
 def test_a_router_of_many_rows(rows, **options):
     args, spec, router, want = routed_call(rows=rows, **options)
     launch = Launch(spec, default_tiles(spec, "lists", rows), torch.device("cpu"))
