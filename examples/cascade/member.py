@@ -1,18 +1,22 @@
 """A stand-in for a model server: multiplies, is wrong now and then, and speaks OpenAI's API."""
 
 import argparse
+import itertools
 import json
 import random
 import re
+from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 WRONG = 0.0
+asked = defaultdict(itertools.count)
 
 
 def answer(question):
-    """The product, or a number near it."""
+    """The product, or a number near it; the same each time the example runs."""
     a, b = (int(x) for x in re.findall(r"\d+", question)[-2:])
-    off = random.choice([-20, -10, -2, 2, 10, 20]) if random.random() < WRONG else 0
+    chance = random.Random(f"{a} {b} {next(asked[a, b])}")
+    off = chance.choice([-20, -10, -2, 2, 10, 20]) if chance.random() < WRONG else 0
     return f"{a} times {b} is {a * b + off}."
 
 
