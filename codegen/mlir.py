@@ -93,13 +93,37 @@ def to_module(program: ExportedProgram, taus: Mapping[str, str], form: str) -> A
         node.replace_all_uses_with(held[str(spec.target)])
         graph.erase_node(node)
     try:
-        return stateless_fx_import(program.graph_module, output_type=form, model_name="main")
+        return stateless_fx_import(
+            program.graph_module, output_type=form, fx_importer=_importer(), model_name="main"
+        )
     except Exception as error:  # of no common class
         if out_of_memory(error):
             raise
         raise ExportError(
             "torch-mlir cannot lower the model; which of its operators, it says on standard error"
         ) from error
+
+
+def _importer() -> Any:
+    """Promise that sizes are what the program says: equal ones are not compared again.
+
+    IREE ends what it runs at once at each of those checks, two in a layer of a decoder, and the
+    time that it takes to compile doubles with every layer.
+    """
+    from torch_mlir.dialects import torch as dialect
+    from torch_mlir.extras.fx_importer import FxImporter
+    from torch_mlir.ir import Context, UnitAttr
+
+    class Importer(FxImporter):  # type: ignore[misc]
+        def import_stateless_graph(self, g: Graph, **more: Any) -> Any:
+            func = super().import_stateless_graph(g, **more)
+            with func.context:
+                func.attributes["torch.assume_strict_symbolic_shapes"] = UnitAttr.get()
+            return func
+
+    context = Context()
+    dialect.register_dialect(context)
+    return Importer(context=context)
 
 
 def _collapse_views(graph: Graph) -> None:

@@ -65,6 +65,14 @@ def test_a_step_of_a_small_decoder_in_onnx(llama, tmp_path):
     assert report.free["past_0_1"] == [0, 2]
 
 
+def test_sizes_of_a_step_are_not_compared_again(llama, tmp_path):
+    """Two checks a layer, and the time that IREE takes doubles with each."""
+    pytest.importorskip("torch_mlir")
+    example, shapes = cached_example(llama, past=4)
+    skimp.export(llama, example, tmp_path / "m.mlir", dynamic_shapes=shapes)
+    assert "mismatched size for broadcast" not in (tmp_path / "m.mlir").read_text()
+
+
 @torch.no_grad()
 def test_steps_are_the_model(llama):
     step = llama
