@@ -59,7 +59,7 @@ class PlanError(SkimpError):
 
 
 class ClusterError(SkimpError):
-    """A Ray cluster that is not there, or that does not do what it is asked."""
+    """Other processes, of Ray or of torchrun, that are not there or do not do what they should."""
 
 
 def first_line(error: BaseException) -> str:

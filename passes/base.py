@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -18,6 +18,7 @@ from ..ir.errors import CalibrationError
 from .data import LABELS, Batch, real_tokens
 from .lift import blocks
 from .offload import Offload
+from .ranks import Ranks
 
 
 class Progress(Protocol):
@@ -133,6 +134,7 @@ class Context:
         loss: The user's task, if there is one; else everything is learnt from the teacher.
         each: Does what passes do to every block alone.
         offload: Where the tensors that passes make lie.
+        ranks: The processes at work.
     """
 
     teacher: GraphModule
@@ -146,12 +148,17 @@ class Context:
     distance: Callable[[Tensor, Tensor], Tensor] = cosine_distance
     each: Each = map
     offload: Offload = field(default_factory=Offload)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
             raise CalibrationError(
                 "the calibration set is empty; give at least a few hundred passages or inputs"
             )
+
+    def training(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Where what training makes lies: in memory, if processes have divided it."""
+        return nullcontext() if self.ranks.size > 1 else self.offload.training(optimizer)
 
 
 def call(gm: nn.Module, batch: Batch) -> Any:
@@ -196,6 +203,8 @@ class Pass:
     """A step from graph to graph. Its fields are its options; it changes only what it is given."""
 
     name: ClassVar[str] = "pass"
+    together: ClassVar[bool] = False
+    """Every process takes part; else it is the first's work, and of blocks alone."""
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Apply the pass to ``gm``, which the pipeline has copied for it."""

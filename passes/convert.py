@@ -39,6 +39,7 @@ from .lift import blocks, lift, search
 from .offload import Offload
 from .pipeline import run, spec
 from .project import Project, too_narrow
+from .ranks import joined
 from .recover import Recover
 from .route import Route, Split
 from .sparsify import Relufy, Sparsify
@@ -146,6 +147,9 @@ def convert(
         data = [dict(input_ids=ids, attention_mask=mask, labels=labels), ...]
         convert(model, data, loss=lambda out, batch: cross_entropy(out.logits, batch["labels"]))
 
+    In processes that torchrun started, all of which call this with the same, Finetune and Recover
+    divide weights and batches among them by FSDP2, and the first does and stores everything else.
+
     Args:
         model: Any module that :func:`torch.export.export` takes; it stays as it is. Training runs
             where its parameters are, on a GPU in bfloat16.
@@ -183,40 +187,43 @@ def convert(
         CalibrationError: Too little data.
         UnwritableError: A folder cannot be written, or its disk is full.
         TraceError: The model cannot be captured as one graph.
+        ClusterError: Another of several processes has ended.
     """
-    check_weights(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    place = Offload(offload)
-    train, held = (on_device(part, device) for part in _divide(data, held_out))
-    teacher, found = prepare(
-        model,
-        train[0],
-        expert_size=expert_size,
-        router_width=router_width,
-        projections=projections,
-        seed=seed,
-        offload=place,
-    )
-    context = Context(
-        teacher, train, held, output or pooled, progress, seed,
-        loss=loss, each=partial(place.each, each), offload=place,
-    )  # fmt: skip
-    if output is None:
-        with torch.no_grad():
-            if reads_logits(call(teacher, train[0])):
-                context.output, context.distance = next_tokens, kl_divergence
-    usual = recipe(budget, task=loss is not None, projections=projections)
-    steps = usual if passes is None else list(passes)
-    options = f"{expert_size},{router_width},{seed}" + (f",{_named(loss)}" if loss else "")
-    identity = fingerprint(teacher, [*train, *held], options)
-    student = place.copy(teacher)
-    for block in blocks(teacher).values():
-        block.dense = True
-    stages = Path(folder) if folder else None
-    with nullcontext() if stages is None else alone(stages, "converting into"):
-        gm, history = run(steps, student, context, folder=stages, identity=identity)
-    gm.meta["skimp.pipeline"] = spec(steps)
-    return Converted(gm, teacher, found, history)
+    with joined() as ranks:
+        check_weights(model)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        place = Offload(offload)
+        train, held = (on_device(part, device) for part in _divide(data, held_out))
+        teacher, found = prepare(
+            model,
+            train[0],
+            expert_size=expert_size,
+            router_width=router_width,
+            projections=projections,
+            seed=seed,
+            offload=place,
+        )
+        context = Context(
+            teacher, train, held, output or pooled, progress if ranks.first else silent, seed,
+            loss=loss, each=partial(place.each, each), offload=place, ranks=ranks,
+        )  # fmt: skip
+        if output is None:
+            with torch.no_grad():
+                if reads_logits(call(teacher, train[0])):
+                    context.output, context.distance = next_tokens, kl_divergence
+        usual = recipe(budget, task=loss is not None, projections=projections)
+        steps = usual if passes is None else list(passes)
+        options = f"{expert_size},{router_width},{seed}" + (f",{_named(loss)}" if loss else "")
+        identity = fingerprint(teacher, [*train, *held], options)
+        ranks.agree(identity)
+        student = place.copy(teacher)
+        for block in blocks(teacher).values():
+            block.dense = True
+        stages = Path(folder) if folder and ranks.first else None
+        with nullcontext() if stages is None else alone(stages, "converting into"):
+            gm, history = run(steps, student, context, folder=stages, identity=identity)
+        gm.meta["skimp.pipeline"] = spec(steps)
+        return Converted(gm, teacher, found, history)
 
 
 def prepare(

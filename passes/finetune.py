@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 
 from ..ir.block import DynkFFN
 from ..ir.errors import CalibrationError
@@ -34,6 +34,8 @@ from .base import (
 )
 from .data import real_tokens
 from .lift import blocks
+from .parts import run
+from .sharded import sharded
 
 
 class _Watched(nn.Module):
@@ -44,12 +46,14 @@ class _Watched(nn.Module):
         self.block = block
         self.mask: Tensor | None = None
         self.hoyer = self.zeros = torch.tensor(0.0)
+        self.rows = 0
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.block.hidden(x)
         rows = real_rows(h, self.mask)
         self.hoyer = hoyer(rows).mean()
         self.zeros = (rows.detach() == 0).float().mean()
+        self.rows = len(rows)
         return self.block.project(h)
 
 
@@ -65,6 +69,7 @@ class Finetune(Pass):
     """
 
     name: ClassVar[str] = "finetune"
+    together: ClassVar[bool] = True
     steps: int = 300
     lr: float = 1e-4
     alpha: float = 0.05
@@ -82,27 +87,33 @@ class Finetune(Pass):
         routers = {id(p) for w in watched.values() for p in w.block.router.parameters()}
         left = routers | embedding_weights(gm)
         body = [p for p in gm.parameters() if id(p) not in left]
-        optimizer = torch.optim.AdamW(
-            body, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        )
-        stream = cycle(context.train)
+        stream, ranks = cycle(context.train), context.ranks
         stats: dict[str, float] = {}
-        offloaded = context.offload.training(optimizer)
-        with trainable(gm, body), offloaded, replaced(gm, dict(watched)):
-            for step, fraction in paced(self.steps, self.seconds):
-                batch = next(stream)
-                for w in watched.values():
-                    w.mask = real_tokens(batch)
-                for group in optimizer.param_groups:
-                    group["lr"] = self.lr * learning_rate(step, fraction)
-                task = task_loss(context, call(gm, batch), batch)
-                density = torch.stack([w.hoyer for w in watched.values()]).mean()
-                alpha = self.alpha * min(1.0, 2 * fraction + 0.02)  # the paper's linear warm-up
-                optimizer.zero_grad(set_to_none=True)
-                (task + alpha * density).backward()
-                torch.nn.utils.clip_grad_norm_(body, 1.0)
-                optimizer.step()
-                zeros = torch.stack([w.zeros for w in watched.values()]).mean().item()
-                stats = {"steps": step + 1, "loss": task.item(), "zeros": zeros}
-                context.progress(self.name, step + 1, self.steps, f"loss {stats['loss']:.3f}")
+        with (
+            replaced(gm, dict(watched)),
+            sharded(ranks, gm, body, context.offload) as (body, parts),
+        ):
+            optimizer = torch.optim.AdamW(
+                body, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+            )
+            with trainable(gm, body), context.training(optimizer):
+                for step, fraction in ranks.in_step(paced(self.steps, self.seconds)):
+                    batch = next(stream)
+                    own = ranks.part(batch)
+                    for w in watched.values():
+                        w.mask = real_tokens(own)
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.lr * learning_rate(step, fraction)
+                    got = run(Interpreter(gm), own, parts) if parts else call(gm, own)
+                    task = task_loss(context, ranks.whole(got), batch)
+                    rows = [w.rows for w in watched.values()]
+                    density = ranks.mean(torch.stack([w.hoyer for w in watched.values()]), rows)
+                    alpha = self.alpha * min(1.0, 2 * fraction + 0.02)  # the paper's linear warm-up
+                    optimizer.zero_grad(set_to_none=True)
+                    (task + alpha * density.mean()).backward()
+                    torch.nn.utils.clip_grad_norm_(body, 1.0)
+                    optimizer.step()
+                    zeros = ranks.mean(torch.stack([w.zeros for w in watched.values()]), rows)
+                    stats = {"steps": step + 1, "loss": task.item(), "zeros": zeros.mean().item()}
+                    context.progress(self.name, step + 1, self.steps, f"loss {stats['loss']:.3f}")
         return PassResult(gm, True, stats)

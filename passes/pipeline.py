@@ -43,29 +43,40 @@ def run(
 
     Raises:
         VerificationError: A pass broke the graph; names the passes before it.
+        ClusterError: A pass that is the first process's work changed more than blocks.
     """
     fuel = int(os.environ.get("SKIMP_FUEL", len(passes)))
     plan = [str(p) for p in passes[:fuel]]
-    gm, history = _resume(gm, plan, folder, identity, context.offload)
-    verify(gm, context.held_out[0], "the input", [])
+    ranks, offload = context.ranks, context.offload
+    history: list[dict[str, Any]] = []
+    if ranks.first:
+        gm, history = _resume(gm, plan, folder, identity, offload)
+        verify(gm, context.held_out[0], "the input", [])
+    if ranks.told(lambda: bool(history)):
+        gm = gm if ranks.first else offload.copy(gm)
+        history = ranks.follow(gm, offload, history)
     for p in passes[len(history) : fuel]:
         start = time.monotonic()
-        student = context.offload.copy(gm)
+        gm = offload.copy(gm)
         context.progress(p.name, 0, 1)
-        result = p.run(student, context)
-        seconds = time.monotonic() - start
-        gm = result.gm
-        verify(gm, context.held_out[0], p.name, [str(r["pass"]) for r in history])
-        if result.modified:
-            _mark(gm, p.name)
-        history.append(
-            {
+        record: dict[str, Any] = {}
+        if ranks.first or p.together:
+            result = p.run(gm, context)
+            gm, seconds = result.gm, time.monotonic() - start
+            record = {
                 "pass": str(p),
                 "seconds": round(seconds, 3),
                 "modified": result.modified,
                 "stats": result.stats,
             }
-        )
+        if ranks.first:
+            verify(gm, context.held_out[0], p.name, [str(r["pass"]) for r in history])
+        record = ranks.follow(gm, offload, record)
+        if record["modified"]:
+            _mark(gm, p.name)
+        history.append(record)
+        if not ranks.first:
+            continue
         context.progress(p.name, 1, 1, f"took {seconds:.0f} s")
         _dump(gm, len(history), p.name, seconds)
         if folder is not None:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..ir.block import DynkFFN, Router, relative
 from .allot import allot, options, tau_at
@@ -48,23 +47,41 @@ from .base import (
 )
 from .data import Batch, real_tokens
 from .lift import blocks
-from .precision import mixed_precision
+from .parts import Parts, run
+from .precision import bfloat16_pays, mixed_precision
+from .ranks import Ranks
+from .sharded import sharded
 
 
 class _Gated(nn.Module):
-    """A block in training: the share of experts that run is set, the threshold follows."""
+    """A block in training: the share of experts that run is set, the threshold follows.
 
-    def __init__(self, block: DynkFFN, alpha: float = 0.0, relative: bool = False) -> None:
+    Attributes:
+        mask: Of real tokens, in this process's part of the batch.
+        whole_mask: In all of it.
+        error: Of the router, by row; divided by ``size`` it is its loss.
+        hoyer: By row.
+    """
+
+    def __init__(
+        self,
+        block: DynkFFN,
+        alpha: float = 0.0,
+        relative: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
         super().__init__()
+        self.ranks = ranks or Ranks()
         self.block = block
         self.alpha = alpha
         self.relative = relative
         self.share = 1.0
         self.mask: Tensor | None = None
-        self.router_loss = self.hoyer = torch.tensor(0.0)
+        self.whole_mask: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
+        self.error = self.hoyer = self.size = x.new_zeros(1)  # what is not learnt
         if block.gate_routed:
             gate = block.gate(x)
             h, compared = block.times_up(gate, x), gate.detach().abs()
@@ -72,10 +89,10 @@ class _Gated(nn.Module):
             h = block.hidden(x)
             compared = self._routed(h, x)
         if self.alpha:
-            self.hoyer = real_rows(hoyer(h)[..., None], self.mask).mean()
-        run = (compared >= tau_at(real_rows(compared, self.mask), self.share))[..., None]
+            self.hoyer = real_rows(hoyer(h)[..., None], self.mask)
+        tau = tau_at(real_rows(self.ranks.whole(compared), self.whole_mask), self.share)
         h = h.unflatten(-1, (block.experts, block.expert_size))
-        return block.project((h * run).flatten(-2))
+        return block.project((h * (compared >= tau)[..., None]).flatten(-2))
 
     def _routed(self, h: Tensor, x: Tensor) -> Tensor:
         """What tau is compared with, by a router that learns from the norms of its experts."""
@@ -86,7 +103,10 @@ class _Gated(nn.Module):
             norms = expert_norms(self.block, h)
         if self.relative:
             norms = relative_norms(norms)
-        self.router_loss = relative_error(scores, norms, self.mask, norms.float().square().mean())
+        self.error, self.size = (
+            error_rows(scores, norms, self.mask),
+            norms.float().square().mean(-1),
+        )
         return relative(scores.detach())
 
 
@@ -105,10 +125,12 @@ class Recover(Pass):
         seconds: Stop after this long, the schedule shortened to match.
         relative: Routers learn norms relative to their row's, as in :class:`.Route`.
         segments: Cut the graph into so many parts and keep, for the backward pass, only what goes
-            from one to the next (gradient checkpointing); 1 keeps everything.
+            from one to the next (gradient checkpointing); 1 keeps everything. Among several
+            processes each layer is a part.
     """
 
     name: ClassVar[str] = "recover"
+    together: ClassVar[bool] = True
     share: float = 0.5
     steps: int = 150
     lr: float = 3e-4
@@ -122,60 +144,95 @@ class Recover(Pass):
 
     def run(self, gm: GraphModule, context: Context) -> PassResult:
         """Train ``gm``; thresholds are left to the budget."""
-        gated = {name: _Gated(b, self.alpha, self.relative) for name, b in blocks(gm).items()}
+        ranks, offload, teacher = context.ranks, context.offload, context.teacher
+        gated = {n: _Gated(b, self.alpha, self.relative, ranks) for n, b in blocks(gm).items()}
         routers = [p for g in gated.values() for p in g.block.router.parameters()]
         held = {id(p) for p in routers}
         embeddings = embedding_weights(gm)
         body = [p for p in gm.parameters() if id(p) not in held and id(p) not in embeddings]
-        groups = [dict(params=body, lr=self.lr), dict(params=routers, lr=self.router_lr)]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        peaks = [self.lr, self.router_lr]
+        peaks, count = [self.lr, self.router_lr], len(body)
         generator = torch.Generator().manual_seed(context.seed)
-        found = None if self.even else options(gm, context)
+        found = None if self.even else ranks.told(lambda: options(gm, context))
         stream, device = cycle(context.train), device_of(gm)
+        narrow = ranks.told(lambda: bfloat16_pays(device))
         stats: dict[str, Any] = {}
-        learning = trainable(gm, [*body, *routers])
-        offloaded = context.offload.training(optimizer)
-        with learning, offloaded, replaced(gm, dict(gated)):
-            for step, fraction in paced(self.steps, self.seconds):
-                wobble = float(torch.empty(1).uniform_(-1, 1, generator=generator))
-                share = self.share + (1 - self.share) / 2 * max(0.0, 1 - fraction / 0.3)
-                share = min(1.0, share * math.exp(self.jitter * wobble))
-                shares = dict.fromkeys(gated, share) if found is None else allot(found, share)
-                for name, g in gated.items():
-                    g.share = shares[name]
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * learning_rate(step, fraction)
-                with mixed_precision(device):
-                    loss, distance = self._loss(gm, gated, context, next(stream))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(body, 1.0)
-                optimizer.step()
-                stats = {"steps": step + 1, "loss": loss.item(), "distance": distance}
-                done = step + 1 if fraction == step / self.steps else fraction * self.steps
-                context.progress(self.name, done, self.steps, f"distance {distance:.3f}")
+        learning = [*body, *routers]
+        del body, routers
+        with (
+            sharded(ranks, gm, learning, offload) as (learning, parts),
+            sharded(ranks, teacher, _learnable(teacher), offload) as (_, teacher_parts),
+            trainable(gm, learning),
+            replaced(gm, dict(gated)),
+        ):
+            groups = [
+                dict(params=learning[:count], lr=self.lr),
+                dict(params=learning[count:], lr=self.router_lr),
+            ]
+            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+            if parts is None and self.segments > 1:
+                parts = Parts(gm, self.segments)
+            with context.training(optimizer):
+                for step, fraction in ranks.in_step(paced(self.steps, self.seconds)):
+                    wobble = float(torch.empty(1).uniform_(-1, 1, generator=generator))
+                    share = self.share + (1 - self.share) / 2 * max(0.0, 1 - fraction / 0.3)
+                    share = min(1.0, share * math.exp(self.jitter * wobble))
+                    shares = dict.fromkeys(gated, share) if found is None else allot(found, share)
+                    for name, g in gated.items():
+                        g.share = shares[name]
+                    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                        group["lr"] = peak * learning_rate(step, fraction)
+                    with mixed_precision(device, narrow):
+                        models = (gm, parts), (teacher, teacher_parts)
+                        loss, distance = self._loss(models, gated, context, next(stream))
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(learning[:count], 1.0)
+                    optimizer.step()
+                    stats = {"steps": step + 1, "loss": loss.item(), "distance": distance}
+                    done = step + 1 if fraction == step / self.steps else fraction * self.steps
+                    context.progress(self.name, done, self.steps, f"distance {distance:.3f}")
         return PassResult(gm, True, stats)
 
     def _loss(
-        self, gm: GraphModule, gated: dict[str, _Gated], context: Context, batch: Batch
+        self,
+        models: Sequence[tuple[GraphModule, Parts | None]],
+        gated: dict[str, _Gated],
+        context: Context,
+        batch: Batch,
     ) -> tuple[Tensor, float]:
-        mask = real_tokens(batch)
+        ranks = context.ranks
+        own = ranks.part(batch)
+        mask = real_tokens(own)
         for g in gated.values():
-            g.mask = mask
+            g.mask, g.whole_mask = mask, real_tokens(batch)
+        (student, parts), (teacher, teacher_parts) = models
         with torch.no_grad():
-            want, want_states = _with_states(context.teacher, list(gated), batch)
-        got, got_states = _with_states(gm, list(gated), batch, self.segments)
+            want, want_states = _with_states(teacher, list(gated), own, teacher_parts)
+        got, got_states = _with_states(student, list(gated), own, parts)
         pairs = [(got_states[n], want_states[n]) for n in got_states]
-        loss = torch.stack([relative_error(a, b, mask) for a, b in pairs]).mean()
+        count = len(pairs)
         if context.distance is cosine_distance:  # of logits, the divergence says it all
-            loss = loss + relative_error(first_tensor(got), first_tensor(want), mask)
-        read, wanted = context.output(got, batch).float(), context.output(want, batch).float()
-        distance = context.distance(read, wanted)
+            pairs.append((first_tensor(got), first_tensor(want)))
+        errors = _means(ranks, [error_rows(a, b, mask) for a, b in pairs])
+        errors = errors / ranks.variances([b for _, b in pairs]).clamp_min(1e-12)
+        loss = errors[:count].mean() + errors[count:].sum()
+        read, wanted = context.output(got, own).float(), context.output(want, own).float()
+        distance = ranks.mean(context.distance(read, wanted)[None], [len(read)])[0]
         if context.loss is not None:
-            loss = loss + task_loss(context, got, batch)
-        extra = [g.router_loss + self.alpha * g.hoyer for g in gated.values()]
-        return loss + 2 * distance + torch.stack(extra).mean(), distance.item()
+            loss = loss + task_loss(context, ranks.whole(got), batch)
+        extra = _means(ranks, [g.error for g in gated.values()])
+        extra = extra / _means(ranks, [g.size for g in gated.values()]).clamp_min(1e-12)
+        extra = extra + self.alpha * _means(ranks, [g.hoyer for g in gated.values()])
+        return loss + 2 * distance + extra.mean(), distance.item()
+
+
+def _learnable(gm: GraphModule) -> list[nn.Parameter]:
+    embeddings = embedding_weights(gm)
+    return [p for p in gm.parameters() if id(p) not in embeddings]
+
+
+def _means(ranks: Ranks, rows: Sequence[Tensor]) -> Tensor:
+    return ranks.mean(torch.stack([r.mean() for r in rows]), [r.numel() for r in rows])
 
 
 _NORMS = {
@@ -192,34 +249,6 @@ class _Tap(Interpreter):
         self.states: dict[str, Tensor] = {}
         self.device = device_of(gm)
         self.wide = self.device.type == "cpu"
-
-    def run_in(self, segments: int, inputs: Sequence[Any]) -> Any:
-        """Run the graph in parts; what is inside a part is computed again for the backward pass."""
-        nodes = list(self.graph.nodes)
-        values = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
-        body = [n for n in nodes if n.op not in ("placeholder", "output")]
-        size = -(-len(body) // segments)
-        for start in range(0, len(body), size):
-            part = body[start : start + size]
-            inside = set(part)
-            reads = dict.fromkeys(a for n in part for a in n.all_input_nodes if a not in inside)
-            gives = [n for n in part if any(u not in inside for u in n.users)]
-
-            def run(
-                *known: Any,
-                part: list[Node] = part,
-                reads: dict[Node, None] = reads,
-                gives: list[Node] = gives,
-            ) -> list[Any]:
-                self.env = dict(zip(reads, known, strict=True))
-                for n in part:
-                    self.env[n] = self.run_node(n)
-                return [self.env[n] for n in gives]
-
-            found = checkpoint(run, *(values[n] for n in reads), use_reentrant=False)
-            values |= dict(zip(gives, found, strict=True))
-        self.env = values
-        return self.run_node(nodes[-1])
 
     def run_node(self, n: Node) -> Any:
         if self.wide and n.target is torch.ops.aten.scaled_dot_product_attention.default:
@@ -243,28 +272,20 @@ class _Tap(Interpreter):
 
 
 def _with_states(
-    gm: GraphModule, names: list[str], batch: Batch, segments: int = 1
+    gm: GraphModule, names: list[str], batch: Batch, parts: Parts | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run a model and keep the states that its norms give, and the input of every block."""
     tap = _Tap(gm)
-    inputs = [batch[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"]
     with looking(gm, lambda name, _, x: tap.states.__setitem__(name, x), names):
-        if segments > 1:
-            outputs = tap.run_in(segments, inputs)
-        else:
-            outputs = tap.run(*inputs, enable_io_processing=False)
-        states = dict(tap.states)  # running a segment again would add to them
-    return gm.graph.process_outputs(outputs), states
+        outputs = run(tap, batch, parts)
+        states = dict(tap.states)  # running a part again would add to them
+    return outputs, states
 
 
-def relative_error(
-    got: Tensor, want: Tensor, mask: Tensor | None, scale: Tensor | None = None
-) -> Tensor:
-    """Mean squared error over real tokens, divided by the variance of what is wanted, or ``scale``.
+def error_rows(got: Tensor, want: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared error of every real token, ``[rows, 1]``.
 
     Rows are reduced before padding is dropped: to drop it first, autograd would scatter the
     gradient of every column.
     """
-    error = (got.float() - want.float()).square().mean(-1, keepdim=True)
-    scale = want.float().var() if scale is None else scale
-    return real_rows(error, mask).mean() / scale.clamp_min(1e-12)
+    return real_rows((got.float() - want.float()).square().mean(-1, keepdim=True), mask)

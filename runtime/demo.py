@@ -21,6 +21,7 @@ from ..passes.convert import Converted, convert, recipe
 from ..passes.data import Batch, batches, count_tokens, embedded_text, hold_out
 from ..passes.lift import blocks
 from ..passes.quality import evaluate, whole_model_flops
+from ..passes.ranks import is_first
 from .breakdown import breakdown
 from .models import DEFAULT, Loaded, load_pretrained
 from .ort import missing, onnx_session
@@ -148,7 +149,8 @@ def convert_text_model(
         each=each,
         offload=offload,
     )
-    save(converted.model, out, data[0])
+    if is_first():
+        save(converted.model, out, data[0])
     return converted, Context(converted.teacher, data, held)
 
 

@@ -12,6 +12,7 @@ from skimp.passes.budget import Budget, set_top
 from skimp.passes.convert import prepare
 from skimp.passes.gate_route import GateRoute
 from skimp.passes.lift import blocks
+from skimp.passes.parts import Parts
 from skimp.passes.project import Project
 from skimp.passes.quality import evaluate
 from skimp.passes.recover import Recover, _Gated, _with_states
@@ -124,7 +125,7 @@ def test_gates_learn_as_parts_of_their_neurons():
     block(x).sum().backward()  # through the op
     torch.testing.assert_close(block.w_gate.grad, learnt)
     assert (learnt[~block.selected(x).any(0)] == 0).all()
-    assert training.router_loss == 0
+    assert training.error == 0
     trained = Recover(share=0.4, steps=2).run(gm, Context(gm, data(), data(), next_tokens)).gm
     assert not torch.equal(next(iter(blocks(trained).values())).w_gate, llama_gate())
 
@@ -195,7 +196,9 @@ def test_checkpointed_gradients_are_the_same():
         for name, block in blocks(model).items():
             model.set_submodule(name, _Gated(block))
         names = list(blocks(gm))
-        out, states = _with_states(model, names, batch, segments)
+        out, states = _with_states(
+            model, names, batch, Parts(model, segments) if segments > 1 else None
+        )
         loss = next_tokens(out, batch).square().mean() + sum(
             s.square().mean() for s in states.values()
         )
