@@ -179,8 +179,13 @@ def convert(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert an encoder; start again after an interruption and it goes on where it was."""
+    """Convert an encoder; start again after an interruption and it goes on where it was.
+
+    Started by torchrun (torchrun --nproc-per-node 2 -m skimp convert ..), processes divide among
+    them what fine-tuning takes: weights, gradients, what optimisers know, and each batch.
+    """
     from .passes.data import embedded_text
+    from .passes.ranks import is_first
     from .runtime.cluster import on_ray
     from .runtime.demo import convert_text_model
     from .runtime.models import load_pretrained
@@ -188,7 +193,8 @@ def convert(
     loaded = load_pretrained(model)
     passages = text.read_text().splitlines() if text else embedded_text()
     passages = [p for p in passages if p.strip()]
-    with nullcontext(map) if ray is None else on_ray(ray) as each, _Bars() as bars:
+    alone = ray is None or not is_first()
+    with nullcontext(map) if alone else on_ray(str(ray)) as each, _Bars() as bars:
         done, _ = convert_text_model(
             loaded,
             passages,
@@ -201,6 +207,8 @@ def convert(
             each=each,
             offload=offload,
         )
+    if not is_first():
+        return
     if as_json:
         print(json.dumps(done.history))  # noqa: T201
         return
