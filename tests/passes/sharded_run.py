@@ -122,7 +122,7 @@ def main(folder, what="bert"):
         options = dict(
             passes=[
                 GateRoute(),
-                Recover(steps=int(os.environ.get("STEPS", "6")), lr=1e-3, share=0.6),
+                Recover(steps=1, lr=1e-3, share=0.6),
             ]
         )
     if what == "half":
