@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def lacks(command, place, *needles):
     code, text = child(ask, command, place, "new"), place.with_name("said.txt").read_text()
     assert code in (0, 1), f"exit code {code}: {text[-2000:]}"
     assert "Traceback" not in text, text[-3000:]
-    told = " ".join(text[text.rindex("error:") :].split()) if code else None
+    told = " ".join(text[f"\n{text}".index("\nerror:") :].split()) if code else None
     assert told is None or any(n in told for n in needles), text[-2000:]
     return told
 
@@ -55,13 +56,21 @@ def unharmed(command, place, old, files):
 
 def space(command, root):
     """No room, and some: the old result stays; with room again, the new one is written."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (root / command.name).mkdir()
+        # what is said has room, as a terminal has
+        (root / command.name / "said.txt").symlink_to(Path(elsewhere) / "said.txt")
+        return filled(command, root)
+
+
+def filled(command, root):
     place, old = made(command, root)
     told, ballast = [], root / "ballast"
     files = results(place)
-    for left in (0, 4096, 16384, 65536):
+    for left in (0, 4096, 65536, 1 << 20):
         with ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(root).free - left)
-        lack = lacks(command, place, "cannot be written")
+        lack = lacks(command, place, "cannot be written", "no space left in")
         ballast.unlink()
         if lack is None:
             break
@@ -167,7 +176,10 @@ def main():
     attack = {"space": space, "memory": memory, "twice": twice}[args.what]
     wanted = [n for n in args.names if n != "ledger"]
     if args.what == "space":
-        os.environ["SKIMP_CACHE"] = str(root / "cache")
+        for name in ("SKIMP_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):  # there is one disk
+            os.environ[name] = str(root / name)
+        (root / "TMPDIR").mkdir()
+        tempfile.tempdir = None  # asks anew
     with ready(wanted) as commands:
         for command in commands:
             print(json.dumps({command.name: attack(command, root)}), flush=True)  # noqa: T201

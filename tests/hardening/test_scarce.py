@@ -13,6 +13,9 @@ ALONE = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o "size=$1" none "$2" &&
 """Runs a command where a folder is a file system in memory, which nobody else sees."""
 
 
+MODELS = ["convert", "safetensors", "onnx", "mlir", "iree", "pt2"]
+
+
 def scarce(what, root, *names, size=None):
     within = () if size is None else (*ALONE, "sh", size, root)
     return answers("scarce.py", what, root, *names, within=within)
@@ -37,6 +40,17 @@ def test_a_full_disk(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_disk_too_full_for_a_model(name, tmp_path):
+    """Caches and temporary files are on it too, where torch and compilers write first."""
+    pytest.importorskip("transformers")
+    needs_a_disk(tmp_path)
+    for told in scarce("space", tmp_path, name, size="900m")[name]:
+        assert "No space left on device" in told or "no space left in" in told
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
 def test_two_conversions_into_one_folder(tmp_path):
     """One is refused while another runs, however that was slowed down, and that one ends well."""
     pytest.importorskip("transformers")
@@ -46,7 +60,7 @@ def test_two_conversions_into_one_folder(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["calibrate"])
+@pytest.mark.parametrize("name", ["calibrate", *MODELS])
 def test_too_little_memory(name, tmp_path):
     tries = scarce("memory", tmp_path, name)[name]
     assert tries[0][1] == 1
