@@ -102,7 +102,11 @@ def memory(command, root):
         assert code == 1, f"{spare} MiB: {code}: {text[-3000:]}"
         assert "Traceback" not in text, f"{spare} MiB: {text[-5000:]}"
         assert "not enough memory" in " ".join(text.split()), f"{spare} MiB: {text[-3000:]}"
-        unharmed(command, place, old, files)
+        seen = child(command.seen, place)
+        assert seen is not None, f"{spare} MiB: neither the old result nor the new one is there"
+        if seen == old:  # else there was too little for what is said afterwards
+            assert results(place) == files
+        no_drafts(place)
     assert child(command.seen, place) not in (old, None)
     return told
 
