@@ -200,8 +200,7 @@ def write(result):
     text += table(["batch x length", f"{DENSE}, ms", *names], rows)
     text += (
         "\nOf the two doors on kernels, not faster than dense in all of the quartiles: "
-        f"{', '.join(level) or 'none'}. Sixteen rows need nearly all experts between them, so all "
-        "weights are read as the dense model reads it.\n\n"
+        f"{', '.join(level) or 'none'}.\n\n"
     )
     text += (
         "Every program computes what the converted model does, within 1e-3, but for texts in which "

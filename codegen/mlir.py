@@ -117,8 +117,7 @@ def _importer() -> Any:
     class Importer(FxImporter):  # type: ignore[misc]
         def import_stateless_graph(self, g: Graph, **more: Any) -> Any:
             func = super().import_stateless_graph(g, **more)
-            with func.context:
-                func.attributes["torch.assume_strict_symbolic_shapes"] = UnitAttr.get()
+            func.attributes["torch.assume_strict_symbolic_shapes"] = UnitAttr.get(func.context)
             return func
 
     context = Context()

@@ -402,11 +402,11 @@ def learning_rate(step: int, fraction: float) -> float:
     return min(1.0, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * fraction))
 
 
-def embedding_weights(gm: GraphModule) -> set[int]:
-    """Ids of tables that a lookup reads: large, touched rarely by a short run, best left alone."""
-    found = set()
+def learnable(gm: GraphModule) -> list[nn.Parameter]:
+    """All but tables that a lookup reads: large, touched rarely by a short run, best left alone."""
+    tables = set()
     for node in gm.graph.nodes:
         if node.target is torch.ops.aten.embedding.default and node.args[0].op == "get_attr":
             owner, _, leaf = str(node.args[0].target).rpartition(".")
-            found.add(id(getattr(gm.get_submodule(owner), leaf)))
-    return found
+            tables.add(id(getattr(gm.get_submodule(owner), leaf)))
+    return [p for p in gm.parameters() if id(p) not in tables]

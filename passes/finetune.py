@@ -23,8 +23,8 @@ from .base import (
     Pass,
     PassResult,
     call,
-    embedding_weights,
     hoyer,
+    learnable,
     learning_rate,
     paced,
     real_rows,
@@ -85,8 +85,7 @@ class Finetune(Pass):
             raise CalibrationError("finetune needs the task's loss: convert(..., loss=...)")
         watched = {name: _Watched(b) for name, b in blocks(gm).items()}
         routers = {id(p) for w in watched.values() for p in w.block.router.parameters()}
-        left = routers | embedding_weights(gm)
-        body = [p for p in gm.parameters() if id(p) not in left]
+        body = [p for p in learnable(gm) if id(p) not in routers]
         stream, ranks = cycle(context.train), context.ranks
         stats: dict[str, float] = {}
         with (

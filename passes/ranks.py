@@ -55,7 +55,11 @@ class Ranks:
         return not self.rank
 
     def told(self, make: Callable[[], T]) -> T:
-        """What the first process makes, for instance of a measurement."""
+        """What the first process makes, for instance of a measurement.
+
+        It is pickled on its way: the processes of one torchrun run the same program and trust each
+        other.
+        """
         if self.size == 1:
             return make()
         made = [make() if self.first else None]

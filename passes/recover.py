@@ -32,10 +32,10 @@ from .base import (
     PassResult,
     cosine_distance,
     device_of,
-    embedding_weights,
     expert_norms,
     first_tensor,
     hoyer,
+    learnable,
     learning_rate,
     looking,
     paced,
@@ -103,10 +103,8 @@ class _Gated(nn.Module):
             norms = expert_norms(self.block, h)
         if self.relative:
             norms = relative_norms(norms)
-        self.error, self.size = (
-            error_rows(scores, norms, self.mask),
-            norms.float().square().mean(-1),
-        )
+        self.error = error_rows(scores, norms, self.mask)
+        self.size = norms.float().square().mean(-1)
         return relative(scores.detach())
 
 
@@ -148,8 +146,7 @@ class Recover(Pass):
         gated = {n: _Gated(b, self.alpha, self.relative, ranks) for n, b in blocks(gm).items()}
         routers = [p for g in gated.values() for p in g.block.router.parameters()]
         held = {id(p) for p in routers}
-        embeddings = embedding_weights(gm)
-        body = [p for p in gm.parameters() if id(p) not in held and id(p) not in embeddings]
+        body = [p for p in learnable(gm) if id(p) not in held]
         peaks, count = [self.lr, self.router_lr], len(body)
         generator = torch.Generator().manual_seed(context.seed)
         found = None if self.even else ranks.told(lambda: options(gm, context))
@@ -160,7 +157,7 @@ class Recover(Pass):
         del body, routers
         with (
             sharded(ranks, gm, learning, offload) as (learning, parts),
-            sharded(ranks, teacher, _learnable(teacher), offload) as (_, teacher_parts),
+            sharded(ranks, teacher, learnable(teacher), offload) as (_, teacher_parts),
             trainable(gm, learning),
             replaced(gm, dict(gated)),
         ):
@@ -202,9 +199,9 @@ class Recover(Pass):
     ) -> tuple[Tensor, float]:
         ranks = context.ranks
         own = ranks.part(batch)
-        mask = real_tokens(own)
+        mask, whole_mask = real_tokens(own), real_tokens(batch)
         for g in gated.values():
-            g.mask, g.whole_mask = mask, real_tokens(batch)
+            g.mask, g.whole_mask = mask, whole_mask
         (student, parts), (teacher, teacher_parts) = models
         with torch.no_grad():
             want, want_states = _with_states(teacher, list(gated), own, teacher_parts)
@@ -224,11 +221,6 @@ class Recover(Pass):
         extra = extra / _means(ranks, [g.size for g in gated.values()]).clamp_min(1e-12)
         extra = extra + self.alpha * _means(ranks, [g.hoyer for g in gated.values()])
         return loss + 2 * distance + extra.mean(), distance.item()
-
-
-def _learnable(gm: GraphModule) -> list[nn.Parameter]:
-    embeddings = embedding_weights(gm)
-    return [p for p in gm.parameters() if id(p) not in embeddings]
 
 
 def _means(ranks: Ranks, rows: Sequence[Tensor]) -> Tensor:
