@@ -66,7 +66,8 @@ class Each(Protocol):
 
     ``map`` does it here, one block after another; :func:`skimp.runtime.cluster.on_ray` gives one
     that asks the workers of a cluster. What is done may change what it is given, but a worker
-    has a copy: what has changed must be returned.
+    has a copy: what has changed must be returned. A pass gives it tuples that begin with a block,
+    and gets such tuples: the block, its optimiser if there is one, then what JSON can hold.
     """
 
     def __call__(self, work: Callable[[Any], Any], items: Iterable[Any], /) -> Iterable[Any]:

@@ -170,8 +170,9 @@ def convert(
         router_width: Hidden width of the routers; those of projections are sized by them.
         projections: Convert attention projections too, in the recipe by :class:`Project`.
         folder: Where finished stages are stored. Start again with the same arguments after an
-            interruption, and it goes on from the last of them. Losses are told apart by name
-            only: after changing what one does, choose another folder.
+            interruption, and it goes on from the last of them; with ``each`` or ``offload``, from
+            the last layer that a pass had done. Losses are told apart by name only: after changing
+            what one does, choose another folder.
         progress: Told how far a stage has come.
         seed: Of every random choice.
         each: Where the passes that treat blocks apart do so; by default here, one after another.
@@ -221,7 +222,10 @@ def convert(
             block.dense = True
         stages = Path(folder) if folder and ranks.first else None
         with nullcontext() if stages is None else alone(stages, "converting into"):
-            gm, history = run(steps, student, context, folder=stages, identity=identity)
+            by_layer = offload is not None or each is not map  # where a layer takes long
+            gm, history = run(
+                steps, student, context, folder=stages, identity=identity, by_layer=by_layer
+            )
         gm.meta["skimp.pipeline"] = spec(steps)
         return Converted(gm, teacher, found, history)
 

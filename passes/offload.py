@@ -1,12 +1,13 @@
 """Where the tensors of a conversion lie: in memory, or in files that are mapped into it.
 
 What is mapped and shared is the kernel's to write back and to drop, so a model need not fit into
-memory, only what is computed with at the time. A file loses its name as soon as it is mapped: it
-takes disk until the tensor is freed or the process ends, however it ends, and nothing is left.
+memory, only what is computed with at the time. The files have no names: one takes disk until its
+tensor is freed or the process ends, however it ends, and nothing is left.
 """
 
 import copy
 import ctypes
+import errno
 import gc
 import os
 import tempfile
@@ -160,17 +161,30 @@ class Offload:
             form = form.new_empty(tuple(shape))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=DRAFT, dir=self.folder)
+            handle = _nameless(self.folder)
             try:
                 # where there is no room it is an error here, later it would be a signal
                 os.posix_fallocate(handle, 0, form.nbytes)
+                name = f"/proc/self/fd/{handle}"
                 own = torch.from_file(name, shared=True, size=form.numel(), dtype=t.dtype)
             finally:
                 os.close(handle)
-                os.unlink(name)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         return own.as_strided(form.shape, form.stride())
+
+
+def _nameless(folder: Path) -> int:
+    """Open a new file without a name, which nobody has to remove."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    # as on NFS: for a moment it has one
+    handle, name = tempfile.mkstemp(prefix=DRAFT, dir=folder)
+    os.unlink(name)
+    return handle
 
 
 def return_memory() -> None:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..ir.errors import ArtefactError, VerificationError, out_of_memory
 from ..ir.text import BlockLine
 from .base import Context, Pass, call, not_finite
 from .data import Batch
+from .layers import Layers, forget
 from .lift import blocks
 from .offload import Offload
 
@@ -26,6 +28,7 @@ def run(
     *,
     folder: Path | None = None,
     identity: str = "",
+    by_layer: bool = False,
 ) -> tuple[GraphModule, list[dict[str, Any]]]:
     """Apply passes one after another.
 
@@ -36,6 +39,7 @@ def run(
         folder: Where each finished stage is stored. A run that finds the same passes (or the
             first of them) finished there for the same ``identity`` goes on after them.
         identity: What else a stored stage depends on: the data and the model.
+        by_layer: Within a stage, store each layer too, and go on from these.
 
     Returns:
         The graph, and one record per pass: its spec, seconds, whether it changed the graph,
@@ -60,8 +64,12 @@ def run(
         gm = offload.copy(gm)
         context.progress(p.name, 0, 1)
         record: dict[str, Any] = {}
+        kept: AbstractContextManager[None] = nullcontext()
+        if by_layer and folder is not None:
+            kept = Layers(folder, " | ".join([identity, *plan[: len(history) + 1]])).kept(context)
         if ranks.first or p.together:
-            result = p.run(gm, context)
+            with kept:
+                result = p.run(gm, context)
             gm, seconds = result.gm, time.monotonic() - start
             record = {
                 "pass": str(p),
@@ -81,6 +89,9 @@ def run(
         _dump(gm, len(history), p.name, seconds)
         if folder is not None:
             artefact.write(folder, gm, {"identity": identity, "history": history})
+            forget(folder)
+    if folder is not None:
+        forget(folder)  # what was killed a moment ago had not come to it
     return gm, history
 
 

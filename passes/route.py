@@ -42,20 +42,21 @@ class Split(Pass):
             inputs = capture(gm, context.train, self.rows, offload=context.offload)
         found = _learned(gm)
         jobs = ((block, inputs.pop(name, None), context.seed) for name, block in found.items())
-        for i, (name, block) in enumerate(zip(found, context.each(self._split, jobs), strict=True)):
+        for i, (name, done) in enumerate(zip(found, context.each(self._split, jobs), strict=True)):
+            (block,) = done
             gm.set_submodule(name, block)
             context.progress(self.name, i + 1, len(found), name)
         sizes = {n: f"{b.experts} x {b.expert_size}" for n, b in blocks(gm).items()}
         return PassResult(gm, True, sizes)
 
-    def _split(self, job: tuple[DynkFFN, Tensor | None, int]) -> DynkFFN:
+    def _split(self, job: tuple[DynkFFN, Tensor | None, int]) -> tuple[DynkFFN]:
         block, x, seed = job
         points = None
         if x is not None:
             with torch.no_grad():
                 points = block.hidden(x[: self.rows]).T.contiguous()
         split(block, points=points, seed=seed)
-        return block
+        return (block,)
 
 
 @dataclass(frozen=True)

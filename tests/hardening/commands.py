@@ -193,6 +193,10 @@ def convert(place, value):
     return [*words, "--budget", "flops <= 0.9"]
 
 
+def convert_by_layer(place, value):
+    return [*convert(place, value), "--offload", "files"]
+
+
 def seen_converted(place):
     import skimp
     import transformers as hf
@@ -447,6 +451,7 @@ COMMANDS = {
         Command("iree", sparse, export("iree"), seen_iree, imports=(*MODELS, "torch_mlir")),
         Command("pt2", sparse, export("pt2"), seen_pt2, imports=MODELS),
         Command("convert", encoder, convert, seen_converted, imports=MODELS),
+        Command("convert-by-layer", encoder, convert_by_layer, seen_converted, imports=MODELS),
         Command("train-drafter", decoder, train_drafter, seen_heads, imports=DECODERS),
         Command(
             "generate", decoder, generate, lambda p: whole_page(p / "tree.html"), imports=DECODERS
