@@ -90,7 +90,7 @@ def test_sharded_weights_larger_than_the_memory_there_is(tmp_path):
     old = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (private() + LIMIT, old[1]))
     try:
-        done = short(model, offload=tmp_path / "files")
+        done = short(model, offload=tmp_path / "files", folder=tmp_path / "stages")
         skimp.save(done.model, tmp_path / "saved", data()[0])
         with pytest.raises((RuntimeError, MemoryError)) as lack:
             short(model)
