@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..ir import artefact
 from ..ir.errors import ArtefactError
 from .base import Context, Each
+from .offload import begin_adam
 
 
 class Layers:
-    """What a pass works with, which it stores layer by layer.
+    """The store of what one pass has done to each layer so far.
 
     Args:
         folder: Of stages. A folder in it holds an artefact for each layer while a pass is at work;
@@ -111,13 +112,5 @@ class _Layer(nn.Module):
         groups = [] if optimizer is None else optimizer.param_groups
         for i, p in enumerate(p for group in groups for p in group["params"]):
             assert optimizer is not None
-            for name, value in (optimizer.state[p] or _begin(optimizer, p)).items():
+            for name, value in (optimizer.state[p] or begin_adam(optimizer, p)).items():
                 self.register_buffer(f"{name}_{i}", value)
-
-
-def _begin(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
-    """As Adam itself begins at its first step."""
-    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-    begun = {"step": torch.zeros((), device=p.device), **moments}
-    optimizer.state[p] = begun
-    return begun

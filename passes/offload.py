@@ -134,9 +134,7 @@ class Offload:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if not self._wanted(p):
                 continue
-            # as Adam would begin itself, but of all parameters at once and in memory
-            moments = {k: self._like(p) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.zeros(()), **moments}
+            begin_adam(optimizer, p, self._like)
             gradients[id(p)] = self._like(p)
             handles.append(p.register_post_accumulate_grad_hook(keep))
         # detached: what an operation gave would else hold itself
@@ -172,6 +170,21 @@ class Offload:
         except OSError as error:
             raise unwritable(self.folder, error) from error
         return own.as_strided(form.shape, form.stride())
+
+
+def begin_adam(
+    optimizer: torch.optim.Optimizer,
+    p: Tensor,
+    zeros: Callable[[Tensor], Tensor] = torch.zeros_like,
+) -> dict[str, Tensor]:
+    """What an Adam knows of a parameter before its first step, as it would begin itself.
+
+    It does so of all parameters at once, and in memory.
+    """
+    moments = {name: zeros(p) for name in ("exp_avg", "exp_avg_sq")}
+    begun = {"step": torch.zeros((), device=p.device), **moments}
+    optimizer.state[p] = begun
+    return begun
 
 
 def _nameless(folder: Path) -> int:

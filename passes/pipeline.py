@@ -64,10 +64,11 @@ def run(
         gm = offload.copy(gm)
         context.progress(p.name, 0, 1)
         record: dict[str, Any] = {}
-        kept: AbstractContextManager[None] = nullcontext()
-        if by_layer and folder is not None:
-            kept = Layers(folder, " | ".join([identity, *plan[: len(history) + 1]])).kept(context)
         if ranks.first or p.together:
+            kept: AbstractContextManager[None] = nullcontext()
+            if by_layer and folder is not None:
+                so_far = " | ".join([identity, *plan[: len(history) + 1]])
+                kept = Layers(folder, so_far).kept(context)
             with kept:
                 result = p.run(gm, context)
             gm, seconds = result.gm, time.monotonic() - start
