@@ -1,7 +1,7 @@
 """The command that takes a converted model out of Python: ``skimp export``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -11,7 +11,10 @@ from torch import nn
 from .cli_console import AsJson, print_json
 from .cli_console import out as console
 from .ir.artefact import INDEX
-from .ir.errors import ExportError
+from .ir.errors import ExportError, out_of_memory
+
+if TYPE_CHECKING:
+    from .codegen.exported import Report
 
 
 def export(
@@ -52,9 +55,21 @@ def export(
     report = run(
         loaded, example, path, to=to, tolerance=tolerance, floor=floor, opset=opset, native=native
     )
-    if as_json:
-        print_json(report.as_dict())
-        return
+    try:
+        if as_json:
+            print_json(report.as_dict())
+        else:
+            _print(report)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ExportError(
+            f"{report.file} is written and agrees with the model, but there is not enough memory "
+            "to report on it"
+        ) from error
+
+
+def _print(report: "Report") -> None:
     _table(
         {
             "file": report.file,

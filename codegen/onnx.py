@@ -168,6 +168,8 @@ def to_model(captured: Program, opset: int = OPSET) -> Any:
     Raises:
         ExportError: An operator, or an opset, that the exporter lacks.
     """
+    from .onnx_attention import SDPA, attention
+
     used: set[tuple[str, bool]] = set()
     try:
         made = torch.onnx.export(
@@ -178,7 +180,10 @@ def to_model(captured: Program, opset: int = OPSET) -> Any:
             dynamo=True,
             optimize=False,  # it would merge thresholds that are equal for now
             verbose=False,
-            custom_translation_table={torch.ops.skimp.dynk_ffn.default: _translation(used)},
+            custom_translation_table={
+                torch.ops.skimp.dynk_ffn.default: _translation(used),
+                SDPA: attention,
+            },
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause: BaseException = error

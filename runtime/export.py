@@ -175,11 +175,12 @@ def _export_folder(
         errors = differences(names, want, run_model(_reader(part, model), example)[1])
         check_errors(errors, tolerance, ())
         size = sum(f.stat().st_size for f in part.iterdir())
+        report = Report(
+            "safetensors", str(path), size, RUNTIMES["safetensors"], share,
+            len(blocks(model)), errors, {},
+        )  # fmt: skip
         take_place(part, path)
-    return Report(
-        "safetensors", str(path), size, RUNTIMES["safetensors"], share,
-        len(blocks(model)), errors, {},
-    )  # fmt: skip
+    return report
 
 
 def _reader(path: Path, model: GraphModule) -> GraphModule:

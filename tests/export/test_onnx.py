@@ -166,3 +166,44 @@ def test_damage_of_any_kind(onnx_file, tmp_path):
         skimp.load(tmp_path / "none.onnx")
     with pytest.raises(ArtefactError, match="cannot be registered"):
         Session(onnx_file[0], library=tmp_path / "none.so")
+
+
+SEEN = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 1]], dtype=torch.bool)
+"""By rows, which keys each sees; one sees none."""
+
+
+@pytest.mark.parametrize(
+    ("mask", "more"),
+    [
+        (None, {}),
+        (None, {"scale": 0.3}),
+        (None, {"is_causal": True}),
+        (SEEN, {}),
+        (SEEN[:1], {}),
+        (SEEN[:, :1].expand(2, 1, 3, 1), {"enable_gqa": True}),
+        (torch.zeros(SEEN.shape).masked_fill(~SEEN, -torch.inf), {}),
+        (torch.zeros(SEEN.shape).masked_fill(~SEEN, torch.finfo().min), {}),
+        (torch.linspace(-2, 2, 15).view(1, 1, 3, 5), {"enable_gqa": True}),
+    ],
+)
+@pytest.mark.parametrize("opset", [18, 23])
+def test_attention_is_torch_s_where_a_row_sees_no_key_too(mask, more, opset):
+    from skimp.codegen.onnx_attention import SDPA, attention
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, mask=None):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **more)
+
+    generator = torch.Generator().manual_seed(0)
+    heads = 2 if "enable_gqa" in more else 4
+    inputs = [torch.randn(2, n, m, 8, generator=generator) for n, m in ((4, 3), (heads, 5))]
+    inputs += [torch.randn(inputs[1].shape, generator=generator)]
+    inputs += [] if mask is None else [mask]
+    made = torch.onnx.export(
+        Attention().eval(), tuple(inputs), dynamo=True, verbose=False, opset_version=opset,
+        custom_translation_table={SDPA: attention},
+    )  # fmt: skip
+    session = ort.InferenceSession(made.model_proto.SerializeToString())
+    names = [i.name for i in session.get_inputs()]
+    got = session.run(None, dict(zip(names, (t.numpy() for t in inputs), strict=True)))[0]
+    assert np.allclose(got, Attention()(*inputs), rtol=1e-5, atol=1e-6)

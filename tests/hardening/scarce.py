@@ -101,7 +101,11 @@ def memory(command, root):
             break
         assert code == 1, f"{spare} MiB: {code}: {text[-3000:]}"
         assert "Traceback" not in text, f"{spare} MiB: {text[-5000:]}"
-        assert "not enough memory" in " ".join(text.split()), f"{spare} MiB: {text[-3000:]}"
+        said = " ".join(text.split())
+        assert "not enough memory" in said, f"{spare} MiB: {text[-3000:]}"
+        if " is written and " in said:
+            assert child(command.seen, place) not in (old, None)
+            assert child(run, command, place, "old") is not None
         unharmed(command, place, old, files)
     assert child(command.seen, place) not in (old, None)
     return told
