@@ -76,6 +76,43 @@ def test_two_nodes_give_the_same_bits_though_a_worker_is_killed(address, tmp_pat
     assert all(torch.equal(got[k], want[k]) for k in want)
 
 
+def counted(each, done, last=-1):
+    """Does what ``each`` does, and kills this process after so many layers."""
+
+    def other(work, items):
+        for result in each(work, items):
+            if len(done) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(1)
+            yield result
+
+    return other
+
+
+def killed_after(last, address, folder):
+    """What the driver of a test does, in a process of its own."""
+    with on_ray(address) as each:
+        convert(each=counted(each, [], int(last)), folder=Path(folder))
+
+
+def test_a_driver_that_was_killed_goes_on_from_the_layer(address, tmp_path):
+    """Its tasks run on in the workers, and nobody waits for them."""
+    want, work = convert(each=counted(map, all_done := [])).model.state_dict(), len(all_done)
+    driver = "import sys, test_ray; test_ray.killed_after(*sys.argv[1:])"
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = 0
+    for last in (1, 4):
+        words = [sys.executable, "-c", driver, str(last), address, str(tmp_path)]
+        ended = subprocess.run(words, env=here, check=False)
+        assert ended.returncode == -signal.SIGKILL
+        done += last
+    with on_ray(address) as each:
+        got = convert(each=counted(each, again := []), folder=tmp_path).model.state_dict()
+    assert done + len(again) == work
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
 def test_what_fails_in_a_worker_fails_here(address):
     def work(item):
         raise skimp.SkimpError(f"layer {item}")
