@@ -30,7 +30,8 @@ def attention(
 
     Args:
         query: ``[batch, heads, length, size]``; the size is fixed.
-        key, value: ``[batch, heads, keys, size]``, or fewer heads that are shared.
+        key: ``[batch, heads, keys, size]``, or fewer heads that are shared.
+        value: Like the keys.
         attn_mask: Of Booleans, true where a key is seen, or of summands.
         dropout_p: Without effect: an exported model does not learn.
         is_causal: A row sees no later key.
