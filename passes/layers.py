@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..ir import artefact
+from ..ir.cost import sweep
 from ..ir.errors import ArtefactError
 from .base import Context, Each
 from .offload import begin_adam
@@ -85,8 +86,12 @@ class Layers:
 
 
 def forget(folder: Path) -> None:
-    """Remove the layers beside the stages: the pass is done, and stored as a whole."""
+    """Remove the layers beside the stages: the pass is done, and stored as a whole.
+
+    With them goes what a kill long ago left: nothing is written after the last stage to do so.
+    """
     shutil.rmtree(folder / "layers", ignore_errors=True)
+    sweep(folder)
 
 
 def _leading(ahead: deque[tuple[int, tuple[Any, ...] | None]]) -> Iterator[tuple[Any, ...]]:

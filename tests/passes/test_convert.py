@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -14,8 +15,8 @@ import pytest
 import skimp
 import torch
 from skimp.ir import artefact
+from skimp.ir.cost import DRAFT, ffn_share
 from skimp.ir.cost import evaluate as cost
-from skimp.ir.cost import ffn_share
 from skimp.ir.errors import (
     ArtefactError,
     BadWeightsError,
@@ -235,9 +236,13 @@ def test_dumps_and_fuel(tmp_path, monkeypatch):
 
 def test_a_finished_stage_is_not_run_again(tmp_path):
     first = quick(bert(), folder=tmp_path)
+    left = tmp_path / f"{DRAFT}skimp.json.x"  # by a kill once the last stage was in its place
+    left.mkdir()
+    os.utime(left, (0, 0))
     seen = []
     again = quick(bert(), folder=tmp_path, progress=lambda stage, *_: seen.append(stage))
     assert seen == []
+    assert not left.exists()
     assert again.history == first.history
     for a, b in zip(
         first.model.state_dict().values(), again.model.state_dict().values(), strict=True
