@@ -49,7 +49,7 @@ _ACTS: dict[str, Sequence[tuple[str, Sequence[str | float]]]] = {
 """Steps of an activation of ``u``: an operator and its arguments, of which -1 is the last step."""
 
 
-def function(act: str, gated: bool) -> Any:
+def function(act: str, gated: bool, opset: int = OPSET) -> Any:
     """The body of an operator in standard operators, as an ``onnx.FunctionProto``."""
     from onnx import AttributeProto, helper
 
@@ -108,7 +108,7 @@ def function(act: str, gated: bool) -> Any:
         _inputs(gated),
         ["y"],
         nodes,
-        [helper.make_opsetid("", OPSET)],
+        [helper.make_opsetid("", opset)],
         ["expert_size"],
     )
 
@@ -194,16 +194,19 @@ def to_model(captured: Program, opset: int = OPSET) -> Any:
         ) from error
     assert made is not None
     model = made.model_proto
-    return with_functions(model, captured, used)
+    written = next(o.version for o in model.opset_import if not o.domain)
+    if written != opset:  # the exporter only warns
+        raise ExportError(f"the exporter cannot write opset {opset}; it came to {written}")
+    return with_functions(model, captured, used, opset)
 
 
-def with_functions(model: Any, captured: Program, used: set[tuple[str, bool]]) -> Any:
+def with_functions(model: Any, captured: Program, used: set[tuple[str, bool]], opset: int) -> Any:
     """Add the bodies of operators, and make thresholds inputs."""
     from onnx import TensorProto, helper
 
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces of the exporting machine, half of a small file
-    model.functions.extend(function(act, gated) for act, gated in sorted(used))
+    model.functions.extend(function(act, gated, opset) for act, gated in sorted(used))
     if not any(o.domain == DOMAIN for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     held = {t.name: t for t in model.graph.initializer}

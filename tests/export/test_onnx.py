@@ -80,6 +80,26 @@ def test_an_old_opset(small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("opset", [21, 23])
+def test_a_later_opset(small, tmp_path, opset):
+    skimp.export(small, ids(), tmp_path / "m.onnx", opset=opset)
+    versions = {o.domain: o.version for o in onnx.load(tmp_path / "m.onnx").opset_import}
+    assert versions[""] == opset
+    loaded = skimp.load(tmp_path / "m.onnx")
+    for tau in (0.3, 0.8):
+        loaded.set_tau(tau)
+        skimp.set_tau(small, tau)
+        got, want = loaded(**ids()), small(**ids())
+        assert torch.allclose(got["last_hidden_state"], want["last_hidden_state"], atol=1e-4)
+
+
+def test_an_opset_that_is_not_there_yet(small, tmp_path):
+    with pytest.raises(ExportError, match="opset 99"):
+        skimp.export(small, ids(), tmp_path / "m.onnx", opset=99)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("act", "gated"), [*itertools.product(sorted(ACTIVATIONS), (False, True)), (SCORED, False)]
 )
